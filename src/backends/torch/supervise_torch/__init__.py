@@ -1,0 +1,23 @@
+"""The PyTorch backend. Importing this package imports no PyTorch; using a name of it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from supervise_torch.backend import TorchBackend, TorchSession
+    from supervise_torch.codec import TorchCodec
+
+__all__ = ["TorchBackend", "TorchCodec", "TorchSession"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TorchCodec":
+        from supervise_torch.codec import TorchCodec
+
+        return TorchCodec
+    if name in ("TorchBackend", "TorchSession"):
+        from supervise_torch import backend
+
+        return getattr(backend, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,256 @@
+"""The backend for PyTorch: whatever has a ``state_dict`` is a part, and optimizer steps are the global step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Final
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.utils.data import DataLoader
+
+from supervise_core.backend import Backend
+from supervise_core.data_source import BatchSource, is_stateful
+from supervise_core.process_random import RandomState
+from supervise_core.readiness import NotReady, Readiness, Ready
+from supervise_core.snapshot import Parts, Snapshot, Staging, check_part_name
+from supervise_torch.codec import TorchCodec
+from supervise_torch.compatibility import check_module, check_optimizer, check_parts
+from supervise_torch.loader import LoaderSource
+from supervise_torch.random_state import seed_everything, set_torch_random_state, torch_random_state
+
+_OWN_PART: Final = "torch"
+
+GlobalStep = Callable[[], int] | str | None
+
+
+class TorchSession:
+    """The parts by name, as attributes and as items, and the global step. They are the program's own objects."""
+
+    def __init__(self, parts: Mapping[str, Any], backend: TorchBackend) -> None:
+        self._parts = parts
+        self._backend = backend
+        self.steps = 0
+        self.forwards = 0
+        self.notify: Callable[[int], None] | None = None
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self._parts[name]
+        except KeyError:
+            raise AttributeError(f"the session has no part {name!r}; it has: {', '.join(self._parts)}") from None
+
+    def __getitem__(self, name: str) -> Any:
+        return self._parts[name]
+
+    @property
+    def global_step(self) -> int:
+        """How many steps the counting optimizer has made; 0 where nothing counts."""
+        return self._backend.global_step(self) or 0
+
+
+class TorchBackend(Backend[TorchSession]):
+    """PyTorch training state, part by part::
+
+        TorchBackend(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+
+    A part is anything with ``state_dict`` and ``load_state_dict``, or a ``torch.Generator``; its keyword names its file.
+    The global step is the number of steps that the first optimizer made, steps skipped by a gradient scaler not
+    counted. ``global_step=`` decides otherwise: the name of another optimizer, or a function of no arguments.
+    Random states of Python, NumPy, PyTorch and every CUDA device belong to the state.
+    """
+
+    name = "torch"
+    codec: ClassVar[TorchCodec] = TorchCodec()
+
+    def __init__(self, *, global_step: GlobalStep = None, device: torch.device | str = "cpu", **parts: Any) -> None:
+        """
+        :param device: where ``init`` puts the parameters that are on the meta device.
+        :raises TypeError: if a part has no state that could be saved.
+        :raises ValueError: if a part cannot bear its name, or ``global_step`` names no optimizer.
+        """
+        if not parts:
+            raise TypeError("TorchBackend needs its parts by name: TorchBackend(model=model, optimizer=optimizer)")
+        for name, part in parts.items():
+            check_part_name(name)
+            if name == _OWN_PART:
+                raise ValueError(f"the part name {name!r} is taken by the backend itself; choose another one")
+            if not is_stateful(part) and not isinstance(part, torch.Generator):
+                raise TypeError(
+                    f"{name}= has no state_dict and load_state_dict; a {type(part).__name__} cannot be saved"
+                )
+        self._parts = parts
+        self._device = torch.device(device)
+        self._read_step = global_step if callable(global_step) else None
+        self._optimizer = None if callable(global_step) else _counting_optimizer(parts, global_step)
+
+    # ---- session
+
+    def create_session(self, master: str = "", config: Any = None) -> TorchSession:
+        session = TorchSession(self._parts, self)
+        if self._optimizer is not None:
+            session.hooks.append(self._optimizer.register_step_post_hook(_count_step(session)))
+        for module in self._modules().values():
+            session.hooks.append(module.register_forward_pre_hook(_count_forward(session)))
+        return session
+
+    def close_session(self, session: TorchSession) -> None:
+        while session.hooks:
+            session.hooks.pop().remove()
+
+    def init(self, session: TorchSession) -> None:
+        """Give values to parameters on the meta device, by the ``reset_parameters`` of the modules that own them."""
+        with torch.no_grad():
+            for module in self._modules().values():
+                for child in module.modules():
+                    reset = getattr(child, "reset_parameters", None)
+                    if callable(reset) and any(tensor.is_meta for tensor in _own_tensors(child)):
+                        _materialise(child, self._device)
+                        reset()
+
+    def ready(self, session: TorchSession) -> Readiness:
+        lacking = [
+            f"{part}.{name} ({reason})"
+            for part, module in self._modules().items()
+            for name, tensor in _named_tensors(module)
+            if (reason := _lacks_values(tensor))
+        ]
+        return NotReady(f"not initialised: {', '.join(lacking)}") if lacking else Ready()
+
+    def global_step(self, session: TorchSession) -> int | None:
+        if self._read_step is not None:
+            return int(self._read_step())
+        return None if self._optimizer is None else session.steps
+
+    def watch_steps(self, session: TorchSession, notify: Callable[[int], None]) -> Callable[[], None] | None:
+        if self._optimizer is None:
+            return None
+
+        def unwatch() -> None:
+            session.notify = None
+
+        session.notify = notify
+        return unwatch
+
+    # ---- state
+
+    def snapshot(self, session: TorchSession, staging: Staging) -> Snapshot:
+        metadata: dict[str, Any] = {}
+        for name, part in self._parts.items():
+            state = _state_of(part)
+            if isinstance(part, torch.nn.Module):
+                metadata[name] = {key: dict(entry) for key, entry in getattr(state, "_metadata", {}).items()}
+            staging.put(name, state, self.codec)
+        own = {"global_step": session.steps, "metadata": metadata, "random": self.random_state(session)}
+        staging.put(_OWN_PART, own, self.codec)
+        return staging.snapshot()
+
+    def load(self, session: TorchSession, parts: Parts) -> None:
+        check_parts([*self._parts, _OWN_PART], parts)
+        saved = {name: part.tree(self.codec) for name, part in parts.items()}
+        for name, part in self._parts.items():
+            if isinstance(part, torch.nn.Module):
+                check_module(name, part, saved[name])
+            elif isinstance(part, torch.optim.Optimizer):
+                check_optimizer(name, part, saved[name])
+        own = saved[_OWN_PART]
+        with torch.no_grad():
+            for name, part in self._parts.items():
+                if isinstance(part, torch.nn.Module):
+                    saved[name]._metadata = own["metadata"].get(name, {})
+                    for child in part.modules():
+                        _materialise(child, self._device)
+                _load_into(part, saved[name])
+        session.steps = own["global_step"]
+        self.set_random_state(session, own["random"])
+
+    # ---- random state
+
+    def mark(self, session: TorchSession) -> object:
+        return session.forwards, torch.get_rng_state().numpy().tobytes()
+
+    def random_state(self, session: TorchSession) -> RandomState:
+        return torch_random_state()
+
+    def set_random_state(self, session: TorchSession, state: RandomState) -> None:
+        set_torch_random_state(state)
+
+    def seed(self, session: TorchSession, seed: int) -> None:
+        seed_everything(seed)
+
+    def run_seed(self, session: TorchSession) -> int:
+        return torch.initial_seed() & 0x7FFF_FFFF_FFFF_FFFF
+
+    def batch_source(self, session: TorchSession, data: Any, run_seed: int) -> BatchSource:
+        if isinstance(data, DataLoader) and not is_stateful(data):
+            return LoaderSource(data, run_seed)
+        return super().batch_source(session, data, run_seed)
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return {name: part for name, part in self._parts.items() if isinstance(part, torch.nn.Module)}
+
+
+def _counting_optimizer(parts: Mapping[str, Any], name: str | None) -> torch.optim.Optimizer | None:
+    if name is None:
+        return next((part for part in parts.values() if isinstance(part, torch.optim.Optimizer)), None)
+    optimizer = parts.get(name)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"global_step={name!r} names no optimizer; the parts are: {', '.join(parts)}")
+    return optimizer
+
+
+def _count_step(session: TorchSession) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
+    def count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips inside its kernel
+        if skipped is None or not skipped.item():
+            session.steps += 1
+            if session.notify is not None:
+                session.notify(session.steps)
+
+    return count
+
+
+def _count_forward(session: TorchSession) -> Callable[[torch.nn.Module, Any], None]:
+    def count(module: torch.nn.Module, args: Any) -> None:
+        if module.training:
+            session.forwards += 1
+
+    return count
+
+
+def _state_of(part: Any) -> Any:
+    return {"state": part.get_state()} if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _load_into(part: Any, state: Any) -> None:
+    if isinstance(part, torch.Generator):
+        part.set_state(state["state"])
+    else:
+        part.load_state_dict(state)
+
+
+def _own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _lacks_values(tensor: torch.Tensor) -> str:
+    if isinstance(tensor, UninitializedTensorMixin):
+        return "a lazy parameter; run the model once, in init_fn="
+    return "on the meta device; give it values in init_fn=" if tensor.is_meta else ""
+
+
+def _materialise(module: torch.nn.Module, device: torch.device) -> None:
+    """Put what is on the meta device on a real one, in place: an optimizer and tied modules go on holding it."""
+    for tensor in _own_tensors(module):
+        if tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin):
+            real = torch.empty_like(tensor, device=device)
+            if isinstance(tensor, torch.nn.Parameter):
+                real = torch.nn.Parameter(real, tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, real)

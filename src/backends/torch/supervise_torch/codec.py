@@ -1,0 +1,179 @@
+"""PyTorch tensors in checkpoints: every dense dtype, on the CPU or a CUDA device, with their memory layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Final
+
+import torch
+
+from supervise_core.tagged_json import UNTOLD, Json, Untold
+from supervise_core.tensors import Stored, TensorCodec, TensorData
+
+_DTYPES: Final = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
+    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_TORCH_DTYPES: Final = {code: dtype for dtype, code in _DTYPES.items()}
+_PLAIN_TYPES: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class TorchCodec(TensorCodec[torch.Tensor]):
+    """Dense tensors. Strides are kept where they are a permutation of the dimensions (``channels_last``, transposed)."""
+
+    def __init__(self) -> None:
+        self._pinned: dict[int, torch.Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def recognises(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor)
+
+    def describe(self, value: torch.Tensor) -> Stored:
+        _check_dense(value)
+        extra: dict[str, Json] = {}
+        if value.numel() and not value.is_contiguous() and _is_permuted(value):
+            extra["strides"] = list(value.stride())
+        if value.dtype in _DTYPES:
+            return Stored(_DTYPES[value.dtype], tuple(value.shape), extra)
+        nbytes = value.numel() * value.element_size()
+        named = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        return Stored("U8", (nbytes,), named | extra)
+
+    def copy_out(self, pairs: Sequence[tuple[torch.Tensor, memoryview]]) -> Callable[[], None] | None:
+        on_cuda: dict[torch.device, list[tuple[torch.Tensor, memoryview]]] = {}
+        with torch.no_grad():
+            for tensor, memory in pairs:
+                if not tensor.numel():
+                    continue
+                plain = tensor.detach().resolve_conj().resolve_neg()
+                if plain.device.type == "cuda":
+                    on_cuda.setdefault(plain.device, []).append((plain, memory))
+                else:
+                    _typed(memory, plain).copy_(plain)
+            waits = [self._copy_from_device(device, items) for device, items in on_cuda.items()]
+        if not waits:
+            return None
+        return lambda: [wait() for wait in waits].clear()
+
+    def read(self, stored: TensorData) -> torch.Tensor:
+        dtype, shape = self.dtype_and_shape(stored)
+        if any(not isinstance(side, int) or side < 0 for side in shape):
+            raise ValueError(f"{shape!r} is not the shape of a tensor")
+        result = _empty(shape, dtype, stored.extra.get("strides"))
+        if result.numel() * result.element_size() != stored.spec.nbytes:
+            raise ValueError(f"{stored.spec.nbytes} bytes are not a tensor of dtype {dtype} and shape {shape}")
+        if result.numel():
+            source = torch.frombuffer(bytearray(stored.data), dtype=torch.uint8).view(dtype).reshape(shape)
+            result.copy_(source)
+        return result
+
+    def dtype_and_shape(self, stored: TensorData) -> tuple[torch.dtype, tuple[int, ...]]:
+        """What the tensor was when it was saved."""
+        if "dtype" not in stored.extra:
+            return _TORCH_DTYPES[stored.spec.dtype], stored.spec.shape
+        dtype = getattr(torch, str(stored.extra["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"PyTorch {torch.__version__} has no dtype {stored.extra['dtype']!r}")
+        return dtype, tuple(stored.extra["shape"])
+
+    def identity(self, value: torch.Tensor) -> Hashable | None:
+        if type(value) not in _PLAIN_TYPES or value.layout is not torch.strided or not value.numel():
+            return None
+        if value.is_meta or value.is_conj() or value.is_neg():
+            return None
+        return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, str(value.device)
+
+    def encode_constant(self, value: Any) -> Json | Untold:
+        if isinstance(value, torch.dtype):
+            return {"$torch.dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, torch.device):
+            return {"$torch.device": str(value)}
+        if isinstance(value, torch.Size):
+            return {"$torch.Size": list(value)}
+        return UNTOLD
+
+    def decode_constant(self, tag: str, content: Json) -> Any | Untold:
+        match tag, content:
+            case "$torch.dtype", str() if isinstance(dtype := getattr(torch, content, None), torch.dtype):
+                return dtype
+            case "$torch.device", str():
+                return torch.device(content)
+            case "$torch.Size", list():
+                return torch.Size(content)
+            case _:
+                return UNTOLD
+
+    def _copy_from_device(
+        self, device: torch.device, items: list[tuple[torch.Tensor, memoryview]]
+    ) -> Callable[[], None]:
+        """Copy on a stream of its own into pinned memory that is kept; the program's stream waits for it, the CPU not."""
+        current = torch.cuda.current_stream(device)
+        side = self._streams.setdefault(device, torch.cuda.Stream(device))
+        side.wait_stream(current)
+        copies: list[tuple[torch.Tensor, memoryview]] = []
+        with torch.cuda.stream(side):
+            for tensor, memory in items:
+                pinned = self._pinned_for(len(copies), tensor)
+                pinned.copy_(tensor, non_blocking=True)
+                tensor.record_stream(side)
+                copies.append((pinned, memory))
+        copied = torch.cuda.Event()
+        copied.record(side)
+        current.wait_event(copied)
+
+        def finish() -> None:
+            copied.synchronize()
+            for pinned, memory in copies:
+                _typed(memory, pinned).copy_(pinned)
+
+        return finish
+
+    def _pinned_for(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        kept = self._pinned.get(number)
+        nbytes = tensor.numel() * tensor.element_size()
+        if kept is None or kept.numel() < nbytes:
+            kept = self._pinned[number] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return kept[:nbytes].view(tensor.dtype).reshape(tensor.shape)
+
+
+def _check_dense(value: torch.Tensor) -> None:
+    """:raises TypeError: if the tensor is not plain dense data; says what it is."""
+    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+        raise TypeError("it is a lazy parameter that has no shape yet; run the model once, in init_fn=, say")
+    if type(value) not in _PLAIN_TYPES:
+        raise TypeError(f"tensors of type {type(value).__name__} are not plain; save what they are made of")
+    if value.layout is not torch.strided:
+        raise TypeError(f"tensors of layout {value.layout} are not dense; save their indices and values")
+    if value.is_quantized:
+        raise TypeError("quantized tensors are not kept; save int_repr(), the scales and the zero points")
+    if value.is_nested:
+        raise TypeError("nested tensors are not kept; save their values and offsets")
+    if value.is_meta:
+        raise TypeError("it is on the meta device, so it has no values yet; init materialises it")
+    if value.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"tensors on {value.device} are not kept; move them to the CPU")
+
+
+def _is_permuted(value: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gap or overlap, in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(value.stride(), value.shape) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _typed(memory: memoryview, like: torch.Tensor) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=torch.uint8).view(like.dtype).view(like.shape)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, strides: Any) -> torch.Tensor:
+    if strides is None:
+        return torch.empty(shape, dtype=dtype)
+    result = torch.empty_strided(shape, tuple(strides), dtype=dtype)
+    if not _is_permuted(result):
+        raise ValueError(f"strides {strides!r} do not lay a tensor of shape {shape} out without gap or overlap")
+    return result

@@ -1,0 +1,302 @@
+"""A pass over a ``DataLoader`` that can be left at any batch and gone on with, in any number of worker processes.
+
+For a dataset with indices, the order of a pass is drawn when the pass begins, under a seed of its own; to go on, it is
+drawn again, and what was used is skipped without being loaded. Each batch is fetched and collated under a seed made of
+the run's seed, the pass and the number of the batch, set around the fetch in whichever process does it. So random
+augmentation does not depend on the number of workers nor on where a run was cut in two, and fetching leaves the random
+state of the loop alone. (Bare PyTorch seeds each worker once instead.) Generators given to a loader or a sampler are
+drawn from as usual, and their states at the beginning of the pass are saved.
+
+Other datasets and loaders are replayed: begun again, and drawn from up to the position.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from supervise_core.data_source import BatchSource, length_of
+from supervise_core.errors import DataPositionError
+from supervise_torch.random_state import cpu_random_state, isolated_random
+
+_PR_SET_PDEATHSIG: Final = 1
+_DRAWN_AT_ONCE: Final = (
+    RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler,
+)  # fmt: skip
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed of 63 bits, of which no two that are made of different numbers have anything in common."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class LoaderSource(BatchSource):
+    """One pass over a ``DataLoader``."""
+
+    def __init__(self, loader: DataLoader[Any], run_seed: int) -> None:
+        self._loader = loader
+        self._run_seed = run_seed
+        self._generators: dict[str, bytes] = {}
+        self._batches: Iterator[Any] = iter(())
+        self._replays = isinstance(loader.dataset, IterableDataset)
+
+    def start(self, number: int, state: Any, consumed: int) -> None:
+        seed = derived_seed(self._run_seed, number)
+        if state is not None:
+            self._set_generators(state)
+        self._generators = {name: _state_of(generator) for name, generator in _generators_of(self._loader).items()}
+        if self._replays:
+            self._batches = _Isolated(_fresh_clone(self._loader, seed), seed)
+            _skip(self._batches, consumed)
+            return
+        order = _Order(self._loader, seed)
+        order.skip(consumed)
+        self._batches = _clone_for(self._loader).begin(order, seed)
+
+    def draw(self) -> Any:
+        return next(self._batches)
+
+    def state(self) -> Any:
+        return self._generators
+
+    def length(self) -> int | None:
+        return length_of(self._loader)
+
+    def ends_with(self, error: BaseException) -> bool:
+        return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+    def close(self) -> None:
+        self._batches = iter(())
+
+    def _set_generators(self, state: Mapping[str, bytes]) -> None:
+        for name, generator in _generators_of(self._loader).items():
+            if name not in state:
+                raise DataPositionError(f"the loader has a generator ({name}) that it did not have when it was saved")
+            generator.set_state(torch.frombuffer(bytearray(state[name]), dtype=torch.uint8))
+
+
+class _Order:
+    """What a pass over a dataset with indices asks for: ``(seed of the batch, its index or indices)``, one after another."""
+
+    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        self._seed = seed
+        self._number = 0
+        if _is_drawn_at_once(sampler):
+            with isolated_random(seed):
+                self._indices = iter(list(sampler))
+        else:
+            self._indices = _Isolated(sampler, seed)
+
+    def skip(self, count: int) -> None:
+        _skip(self._indices, count)
+        self._number = count
+
+    def __iter__(self) -> Iterator[_Request]:
+        return self
+
+    def __next__(self) -> _Request:
+        indices = next(self._indices)
+        seed = derived_seed(self._seed, self._number)
+        self._number += 1
+        return _Request(seed, indices)
+
+
+class _Request:
+    """The indices of one batch and the seed to fetch them under. Picklable, for worker processes that are spawned."""
+
+    def __init__(self, seed: int, indices: Any) -> None:
+        self.seed = seed
+        self.indices = indices
+
+
+class _Isolated(Iterator[Any]):
+    """Draws from an iterable in random states of its own, and leaves those of the program alone."""
+
+    def __init__(self, iterable: Any, seed: int) -> None:
+        with isolated_random(seed):
+            self._items = iter(iterable)
+            self._state = cpu_random_state()
+
+    def __next__(self) -> Any:
+        with isolated_random(state=self._state):
+            try:
+                return next(self._items)
+            finally:
+                self._state = cpu_random_state()
+
+
+class _SeededDataset(Dataset[Any]):
+    """Fetches the items of a request under its seed."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, request: _Request) -> _Fetched:
+        with isolated_random(request.seed):
+            indices = request.indices
+            if isinstance(indices, list):
+                fetch_many = getattr(self.dataset, "__getitems__", None)
+                items = fetch_many(indices) if callable(fetch_many) else [self.dataset[index] for index in indices]
+            else:
+                items = self.dataset[indices]
+            return _Fetched(items, cpu_random_state())
+
+
+class _Fetched:
+    """Items, and the random state after they were fetched, in which they are collated."""
+
+    def __init__(self, items: Any, state: Mapping[str, Any]) -> None:
+        self.items = items
+        self.state = state
+
+
+class _SeededCollate:
+    """Collates what ``_SeededDataset`` fetched, drawing on from where the fetch ended."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, fetched: _Fetched) -> Any:
+        with isolated_random(state=fetched.state):
+            return self._collate(fetched.items)
+
+
+class _Requests:
+    """The sampler of a clone; what it hands out is set anew for each pass."""
+
+    def __init__(self) -> None:
+        self.order: Iterator[_Request] = iter(())
+
+    def __iter__(self) -> Iterator[_Request]:
+        return self.order
+
+
+class _Clone:
+    """A loader like the user's, over the same dataset, that fetches requests; kept, so that workers can persist."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._requests = _Requests()
+        self._generator = torch.Generator()
+        options = _options_of(loader, self._generator)
+        self._loader: DataLoader[Any] = DataLoader(
+            _SeededDataset(loader.dataset),
+            batch_size=None,
+            sampler=self._requests,  # type: ignore[arg-type]  # an iterable of requests, which is all that it is asked
+            collate_fn=_SeededCollate(loader.collate_fn),
+            **options,
+        )
+
+    def begin(self, order: Iterator[_Request], seed: int) -> Iterator[Any]:
+        self._requests.order = order
+        self._generator.manual_seed(seed)
+        return iter(self._loader)
+
+
+_clones: WeakKeyDictionary[DataLoader[Any], _Clone] = WeakKeyDictionary()
+
+
+def _clone_for(loader: DataLoader[Any]) -> _Clone:
+    clone = _clones.get(loader)
+    if clone is None:
+        clone = _clones[loader] = _Clone(loader)
+    return clone
+
+
+def _fresh_clone(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
+    """The user's loader again, its workers seeded from the pass."""
+    clone = copy.copy(loader)
+    object.__setattr__(clone, "generator", torch.Generator().manual_seed(seed))
+    object.__setattr__(clone, "worker_init_fn", _WorkerInit(loader.worker_init_fn))
+    object.__setattr__(clone, "_iterator", None)
+    return clone
+
+
+def _options_of(loader: DataLoader[Any], generator: torch.Generator) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": _WorkerInit(loader.worker_init_fn),
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": generator,
+    }
+    if loader.num_workers > 0:
+        options |= {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
+    return options
+
+
+class _WorkerInit:
+    """Makes a data worker leave stops to its parent: launchers signal the whole group, and a worker that dies of that
+    takes the batch with it that the parent waits for. A worker whose parent is gone ends."""
+
+    def __init__(self, inner: Callable[[int], object] | None) -> None:
+        self._inner = inner
+        self._parent = os.getpid()
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _die_with_parent(self._parent)
+        if self._inner is not None:
+            self._inner(worker)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask the kernel to end this process when its parent ends; elsewhere PyTorch's own watchdog does, within seconds."""
+    if sys.platform == "linux" and os.getppid() == parent:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _is_drawn_at_once(sampler: Any) -> bool:
+    inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+    return type(inner) in _DRAWN_AT_ONCE
+
+
+def _generators_of(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
+    """Generators that the user gave, by where they are; one in two places once."""
+    batch_sampler: Any = loader.batch_sampler
+    holders = {"loader": loader, "sampler": loader.sampler, "batch_sampler": batch_sampler}
+    holders["batch_sampler.sampler"] = getattr(batch_sampler, "sampler", None)
+    found: dict[str, torch.Generator] = {}
+    for name, holder in holders.items():
+        generator = getattr(holder, "generator", None)
+        if isinstance(generator, torch.Generator) and all(generator is not other for other in found.values()):
+            found[name] = generator
+    return found
+
+
+def _state_of(generator: torch.Generator) -> bytes:
+    return generator.get_state().numpy().tobytes()
+
+
+def _skip(items: Iterator[Any], count: int) -> None:
+    for number in range(count):
+        try:
+            next(items)
+        except StopIteration:
+            raise DataPositionError(
+                f"the data has {number} batches where the checkpoint says that {count} of them were used; "
+                "resume with the loader that the run was saved with"
+            ) from None

@@ -1,0 +1,70 @@
+"""All random state that a PyTorch program draws from: Python's, NumPy's, PyTorch's, and that of every CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from supervise_core.process_random import RandomState, process_random_state, seed_process, set_process_random_state
+
+
+def torch_random_state() -> dict[str, Any]:
+    """The random states of this moment, as plain data. Devices that no program has touched yet have none."""
+    state: dict[str, Any] = {"process": process_random_state(), "torch": _to_bytes(torch.get_rng_state())}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = [_to_bytes(device) for device in torch.cuda.get_rng_state_all()]
+    return state
+
+
+def set_torch_random_state(state: RandomState) -> None:
+    """Put back what ``torch_random_state`` gave, on the devices that are here."""
+    set_process_random_state(state["process"])
+    torch.set_rng_state(_from_bytes(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        for number, device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(_from_bytes(device), number)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all of them from one number of 64 bits."""
+    seed_process(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def isolated_random(seed: int | None = None, state: Mapping[str, Any] | None = None) -> Generator[None, None, None]:
+    """A block that draws from other random states (of the CPU), and leaves those of the program as they were."""
+    before = process_random_state(), torch.get_rng_state()
+    try:
+        if state is not None:
+            set_cpu_random_state(state)
+        elif seed is not None:
+            seed_process(seed)
+            torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        set_process_random_state(before[0])
+        torch.set_rng_state(before[1])
+
+
+def cpu_random_state() -> dict[str, Any]:
+    """What a data worker draws from; not meant to be saved."""
+    return {"process": process_random_state(), "torch": torch.get_rng_state()}
+
+
+def set_cpu_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what ``cpu_random_state`` gave."""
+    set_process_random_state(state["process"])
+    torch.set_rng_state(state["torch"])
+
+
+def _to_bytes(state: torch.Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _from_bytes(state: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(state, np.uint8).copy())

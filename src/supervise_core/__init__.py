@@ -1,0 +1,186 @@
+"""A training supervisor for any framework.
+
+The floors of this package; imports go down only, and a machine checks it::
+
+    6   cli, __main__
+    5   supervisor                                   what users call
+    4   run, reading                                 the road and the way home; reading without a session
+    3   session_manager, standard_services, plugins  recovery; the services of every run; what others bring
+    2   backend, operations, services, checkpointer, directory_store, data_loop, hookspecs
+    1   coordinator, looper, boundary, snapshot, checkpoint_store, checkpoint_files, lease, data_source, summaries, ...
+    0   errors, clock, readiness, triggers, retention, disk, tensors, tagged_json, ...
+
+Nothing here imports a framework; NumPy is imported when the first array is met. ``testing`` is for tests, and nothing
+imports it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from supervise_core.backend import Backend
+    from supervise_core.checkpoint_store import CheckpointStore
+    from supervise_core.clock import Clock, SystemClock
+    from supervise_core.coordinator import Coordinator, StopCause, StopSignal
+    from supervise_core.data_source import BatchSource
+    from supervise_core.directory_store import DirectoryStore
+    from supervise_core.errors import (
+        AllCheckpointsDamagedError,
+        BackendNotInstalledError,
+        CheckpointDamagedError,
+        CheckpointError,
+        CheckpointNotFoundError,
+        DataPositionError,
+        IncompatibleCheckpointError,
+        LeaseError,
+        LeaseHeldError,
+        LeaseLostError,
+        NotReadyError,
+        PolicyError,
+        ReadinessTimeoutError,
+        SessionStateError,
+        StragglersError,
+        SuperviseError,
+        UnknownBackendError,
+        UnsupportedStateError,
+    )
+    from supervise_core.hookspecs import BackendInfo, hookimpl
+    from supervise_core.looper import Looper
+    from supervise_core.operations import USE_BACKEND
+    from supervise_core.readiness import NotReady, Readiness, Ready
+    from supervise_core.reading import CheckpointDirectory, SavedCheckpoint
+    from supervise_core.report import RunReport
+    from supervise_core.retention import KeepAll, KeepBest, KeepEverySeconds, KeepEverySteps, KeepLatest, Retention
+    from supervise_core.services import Service, ServiceContext
+    from supervise_core.session_manager import SessionManager
+    from supervise_core.snapshot import Part, Parts, Snapshot, Staging
+    from supervise_core.summaries import Histogram, Image, Text
+    from supervise_core.supervisor import Supervisor
+    from supervise_core.tensors import TensorCodec
+    from supervise_core.triggers import AtSteps, Due, EverySeconds, EverySteps, Firing, Trigger
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "USE_BACKEND",
+    "AllCheckpointsDamagedError",
+    "AtSteps",
+    "Backend",
+    "BackendInfo",
+    "BackendNotInstalledError",
+    "BatchSource",
+    "CheckpointDamagedError",
+    "CheckpointDirectory",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CheckpointStore",
+    "Clock",
+    "Coordinator",
+    "DataPositionError",
+    "DirectoryStore",
+    "Due",
+    "EverySeconds",
+    "EverySteps",
+    "Firing",
+    "Histogram",
+    "Image",
+    "IncompatibleCheckpointError",
+    "KeepAll",
+    "KeepBest",
+    "KeepEverySeconds",
+    "KeepEverySteps",
+    "KeepLatest",
+    "LeaseError",
+    "LeaseHeldError",
+    "LeaseLostError",
+    "Looper",
+    "NotReady",
+    "NotReadyError",
+    "Part",
+    "Parts",
+    "PolicyError",
+    "Readiness",
+    "ReadinessTimeoutError",
+    "Ready",
+    "Retention",
+    "RunReport",
+    "SavedCheckpoint",
+    "Service",
+    "ServiceContext",
+    "SessionManager",
+    "SessionStateError",
+    "Snapshot",
+    "Staging",
+    "StopCause",
+    "StopSignal",
+    "StragglersError",
+    "SuperviseError",
+    "Supervisor",
+    "SystemClock",
+    "TensorCodec",
+    "Text",
+    "Trigger",
+    "UnknownBackendError",
+    "UnsupportedStateError",
+    "__version__",
+    "hookimpl",
+]
+
+_MODULES = {
+    "backend": ("Backend",),
+    "checkpoint_store": ("CheckpointStore",),
+    "clock": ("Clock", "SystemClock"),
+    "coordinator": ("Coordinator", "StopCause", "StopSignal"),
+    "data_source": ("BatchSource",),
+    "directory_store": ("DirectoryStore",),
+    "errors": (
+        "AllCheckpointsDamagedError",
+        "BackendNotInstalledError",
+        "CheckpointDamagedError",
+        "CheckpointError",
+        "CheckpointNotFoundError",
+        "DataPositionError",
+        "IncompatibleCheckpointError",
+        "LeaseError",
+        "LeaseHeldError",
+        "LeaseLostError",
+        "NotReadyError",
+        "PolicyError",
+        "ReadinessTimeoutError",
+        "SessionStateError",
+        "StragglersError",
+        "SuperviseError",
+        "UnknownBackendError",
+        "UnsupportedStateError",
+    ),
+    "hookspecs": ("BackendInfo", "hookimpl"),
+    "looper": ("Looper",),
+    "operations": ("USE_BACKEND",),
+    "readiness": ("NotReady", "Readiness", "Ready"),
+    "reading": ("CheckpointDirectory", "SavedCheckpoint"),
+    "report": ("RunReport",),
+    "retention": ("KeepAll", "KeepBest", "KeepEverySeconds", "KeepEverySteps", "KeepLatest", "Retention"),
+    "services": ("Service", "ServiceContext"),
+    "session_manager": ("SessionManager",),
+    "snapshot": ("Part", "Parts", "Snapshot", "Staging"),
+    "summaries": ("Histogram", "Image", "Text"),
+    "supervisor": ("Supervisor",),
+    "tensors": ("TensorCodec",),
+    "triggers": ("AtSteps", "Due", "EverySeconds", "EverySteps", "Firing", "Trigger"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: importing this package costs next to nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,207 @@
+"""The step boundary: the timer asks, the boundary acts.
+
+What has to happen between two steps (a snapshot, a summary) is an *appointment*. Whoever finds out that one is due (the
+timer, the step hook, a signal, the writer that is free again) only sets ``due``; the training thread looks at that one
+attribute at each boundary, and does the work there, where nothing else moves the model.
+
+On the races: ``due`` is set by any thread and cleared by the training thread alone, *before* it looks at what is due.
+So a ring that comes while it looks is seen at the next boundary, and none is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from supervise_core.coordinator import Coordinator
+from supervise_core.triggers import Due, Firing, Trigger
+
+_log = logging.getLogger(__name__)
+
+_NEVER: Final = 1 << 62
+
+
+class StepCounter:
+    """The global step: the backend's, or, where the backend has none, counted here."""
+
+    def __init__(self, read: Callable[[], int | None], counted: int = 0) -> None:
+        self.read = read
+        self.counted = counted
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the backend counts nothing."""
+        return self.read() is None
+
+    def now(self) -> int:
+        step = self.read()
+        return self.counted if step is None else step
+
+
+class Appointment:
+    """Something to be done at step boundaries, when its trigger says so or somebody asks for it."""
+
+    def __init__(
+        self, boundary: StepBoundary, name: str, trigger: Trigger | None, action: Callable[[int], None], begun: Firing
+    ) -> None:
+        self.name = name
+        self.approaching = False
+        """Whether it is due at this boundary or the next one, so that values of this very step are wanted."""
+        self.fired_by_time = False
+        self._boundary = boundary
+        self._trigger = trigger
+        self._action = action
+        self._last = begun
+        self._requested = False
+        self._warned = False
+        self.due = self._next()
+
+    def request(self) -> None:
+        """Have it done at the next boundary. From any thread."""
+        self._requested = True
+        self._boundary.ring()
+
+    def postpone(self, seconds: float) -> None:
+        """Have it done in that many seconds, and not before, whatever the trigger says. From any thread."""
+        self._requested = False
+        self.due = Due(seconds=self._boundary.clock.monotonic() + seconds)
+        self._boundary.reschedule()
+
+    def is_due(self, step: int, now: float) -> bool:
+        due = self.due
+        return (
+            self._requested
+            or (due.step is not None and step >= due.step)
+            or (due.seconds is not None and now >= due.seconds)
+        )
+
+    def fire(self, step: int, now: float) -> None:
+        self._requested = self._warned = self.approaching = False
+        self.fired_by_time = self.due.step is None or step < self.due.step
+        self._last = Firing(step, now)
+        self.due = planned = self._next()
+        self._action(step)
+        if self.due is planned:  # the action may have postponed it
+            self._last = Firing(step, now, self._boundary.clock.monotonic() - now)
+            self.due = self._next()
+
+    def warn_if_overlooked(self, now: float) -> None:
+        """Say so once when it has been due for a whole further interval and no boundary came."""
+        due = self.due.seconds
+        if due is None or self._warned or now < due + (due - self._last.seconds):
+            return
+        self._warned = True
+        _log.warning(
+            "%s have been due for %.0f s and the training loop has come to no step boundary; "
+            "call sv.should_stop() in the loop, or take its items from sv.batches(...)",
+            self.name,
+            now - due,
+        )
+
+    def _next(self) -> Due:
+        return Due() if self._trigger is None else self._trigger.next_due(self._last)
+
+
+class StepBoundary:
+    """The appointments of one run, and the flag that the training thread looks at."""
+
+    def __init__(self, coordinator: Coordinator, steps: StepCounter, steps_are_watched: bool) -> None:
+        self.due = True
+        self.clock = coordinator.clock
+        self.training_thread = threading.get_ident()
+        self._coordinator = coordinator
+        self._steps = steps
+        self._watched = steps_are_watched
+        self._appointments: list[Appointment] = []
+        self._last_appointments: list[Appointment] = []
+        self._alarm_step = _NEVER
+        self._rescheduled = threading.Event()
+        coordinator.on_stop(lambda _: self._stop())
+
+    def appoint(
+        self, name: str, trigger: Trigger | None, action: Callable[[int], None], *, last: bool = False
+    ) -> Appointment:
+        """Have ``action(step)`` called at a boundary when the trigger says so; ``last``: after all the others there."""
+        begun = Firing(self._steps.now(), self.clock.monotonic())
+        appointment = Appointment(self, name, trigger, action, begun)
+        (self._last_appointments if last else self._appointments).append(appointment)
+        self.reschedule()
+        return appointment
+
+    def ring(self) -> None:
+        """Have the training thread look at its next boundary. From any thread."""
+        self.due = True
+
+    def reschedule(self) -> None:
+        """Tell the training thread and the timer that a due moment has changed. From any thread."""
+        self.due = True
+        self._rescheduled.set()
+
+    def step_taken(self, step: int) -> None:
+        """The backend's step hook."""
+        if step >= self._alarm_step:
+            self.due = True
+
+    def reach(self, step: int) -> None:
+        """Do what is due; on the training thread, between two steps."""
+        self.due = False
+        now = self.clock.monotonic()
+        fired = False
+        for appointment in (*self._appointments, *self._last_appointments):
+            if appointment.is_due(step, now):
+                fired = True
+                self._fire(appointment, step, now)
+        self._set_alarm(step)
+        if fired:
+            self._rescheduled.set()
+
+    def _fire(self, appointment: Appointment, step: int, now: float) -> None:
+        try:
+            appointment.fire(step, now)
+        except Exception as error:
+            self._coordinator.request_stop(error, source=f"service {appointment.name!r}")
+
+    def _set_alarm(self, step: int) -> None:
+        """Ring again one step before the next appointment (it may want values of that very step), and at it."""
+        due_steps: list[int] = []
+        for appointment in (*self._appointments, *self._last_appointments):
+            if (due := appointment.due.step) is not None:
+                appointment.approaching = step + 1 >= due
+                due_steps.append(due)
+        nearest = min(due_steps, default=_NEVER)
+        self._alarm_step = nearest - 1 if step < nearest - 1 else nearest
+        polling = nearest != _NEVER and not self._watched
+        if polling or self._steps.is_own or self._coordinator.should_stop():
+            self.due = True
+
+    def _stop(self) -> None:
+        self.due = True
+        self._rescheduled.set()
+
+    # ---- the timer's thread
+
+    def keep_time(self) -> None:
+        """Ring whenever an appointment becomes due by the clock, until the run stops."""
+        while not self._coordinator.should_stop():
+            self._rescheduled.clear()
+            now = self.clock.monotonic()
+            self.clock.wait(self._rescheduled, self._sleep(now))
+
+    def _sleep(self, now: float) -> float | None:
+        moments: list[float] = []
+        for appointment in (*self._appointments, *self._last_appointments):
+            due = appointment.due.seconds
+            if due is None:
+                continue
+            if due > now:
+                moments.append(due)
+                continue
+            appointment.approaching = True
+            self.due = True
+            appointment.warn_if_overlooked(now)
+            moments.append(now + max(1.0, due - now))
+        nearest = min(moments, default=math.inf)
+        return None if nearest == math.inf else nearest - now

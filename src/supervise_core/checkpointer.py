@@ -1,0 +1,285 @@
+"""Saving: a snapshot at a boundary, written by a thread, committed, and what to do when the disk does not take it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from supervise_core.boundary import Appointment
+from supervise_core.checkpoint_files import check_state_size, write_snapshot
+from supervise_core.checkpoint_store import CheckpointId, CheckpointStore
+from supervise_core.clock import Clock
+from supervise_core.coordinator import Coordinator
+from supervise_core.errors import CheckpointDamagedError, LeaseError
+from supervise_core.manifest import FileRecord, Manifest
+from supervise_core.report import RunReport
+from supervise_core.retention import Kept, Retention
+from supervise_core.snapshot import Snapshot
+from supervise_core.tagged_json import Json
+
+_log = logging.getLogger(__name__)
+
+RETRY_AFTER: Final = (5.0, 30.0, 60.0)
+"""Seconds until a save that failed is tried again, by how many failed in a row."""
+
+FAILURES_IN_A_ROW: Final = 3
+"""So many failed saves in a row end the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSave:
+    """A snapshot with all that goes into its checkpoint, not yet on disk."""
+
+    step: int
+    snapshot: Snapshot
+    run_state: Json
+    metrics: Mapping[str, float]
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointLabels:
+    """What the manifests of one run have in common."""
+
+    backend: str
+    versions: Mapping[str, str]
+
+
+class Checkpointer:
+    """Takes snapshots on the training thread and commits them on a thread of its own, one at a time.
+
+    ``capture(step)`` makes the ``PendingSave`` of this moment in the one staging memory there is; so no snapshot is
+    taken while another one is being written from there.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        keep: Retention,
+        labels: CheckpointLabels,
+        capture: Callable[[int], PendingSave],
+        coordinator: Coordinator,
+        report: RunReport,
+        committed: Callable[[str, int], None],
+    ) -> None:
+        self._store = store
+        self._keep = keep
+        self._labels = labels
+        self._capture = capture
+        self._coordinator = coordinator
+        self._clock: Clock = coordinator.clock
+        self._report = report
+        self._committed = committed
+        self._appointment: Appointment | None = None
+        self._queue: queue.SimpleQueue[PendingSave | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._wanted = False
+        self._held: PendingSave | None = None
+        self._failures = 0
+        self._thread: threading.Thread | None = None
+        self._final_error: BaseException | None = None
+
+    # ---- the training thread
+
+    def start(self) -> None:
+        """Start the writer."""
+        self._thread = threading.Thread(target=self._write_until_told, name="supervise-core checkpoints", daemon=True)
+        self._thread.start()
+
+    def serve(self, appointment: Appointment) -> None:
+        """Take saves from the appointment on."""
+        self._appointment = appointment
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether saves are taken at all."""
+        return self._thread is not None
+
+    @property
+    def is_busy(self) -> bool:
+        return not self._idle.is_set()
+
+    @property
+    def metrics_ranked(self) -> frozenset[str]:
+        """The metrics that decide which checkpoints are kept."""
+        return self._keep.metrics()
+
+    def check(self, step: int) -> None:
+        """Take a snapshot for nothing: what cannot be kept is found now, and the staging memory is there.
+
+        :raises UnsupportedStateError: for what cannot be kept.
+        """
+        pending = self._capture(step)
+        check_state_size(pending.snapshot, pending.run_state)
+
+    def save(self, step: int) -> None:
+        """Take a snapshot and have it written; when one is being written, at the first boundary after that."""
+        if self.is_busy:
+            self._wanted = True
+            return
+        self._held = None
+        self._submit(self._capture(step))
+
+    def hold(self, step: int) -> None:
+        """Take a snapshot and keep it in memory, in case it turns out to be the last one that may be saved."""
+        if not self.is_busy:
+            self._held = self._capture(step)
+
+    def hold_final(self, step: int) -> None:
+        """As ``hold``, but wait for the save that is being written, for its memory."""
+        self._await_idle()
+        self._held = self._capture(step)
+
+    @property
+    def held_step(self) -> int | None:
+        return None if self._held is None else self._held.step
+
+    def drop(self) -> None:
+        """Forget the snapshot held."""
+        self._held = None
+
+    def submit_final(self) -> bool:
+        """Have the snapshot held written as the last one of the run; whether there was one."""
+        held, self._held = self._held, None
+        if held is not None:
+            self._submit(replace(held, final=True))
+        return held is not None
+
+    def finish(self) -> BaseException | None:
+        """Wait until all that was submitted is written, and end the writer. The error of the final save, if it failed."""
+        self._await_idle()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join()
+        return self._final_error
+
+    def _submit(self, pending: PendingSave) -> None:
+        self._idle.clear()
+        self._queue.put(pending)
+
+    def _await_idle(self) -> None:
+        """Bounded by the disk alone; says what it waits for."""
+        began = self._clock.monotonic()
+        while not self._clock.wait(self._idle, 10):
+            waited = self._clock.monotonic() - began
+            _log.warning("still writing a checkpoint to %s, for %.0f s", self._store.location, waited)
+
+    # ---- the writer's thread
+
+    def _write_until_told(self) -> None:
+        while (pending := self._queue.get()) is not None:
+            try:
+                self._write(pending)
+            except BaseException as error:
+                self._coordinator.request_stop(error, source="service 'checkpoints'")
+                return
+            finally:
+                del pending
+                self._idle.set()
+                if self._wanted and self._appointment is not None:
+                    self._wanted = False
+                    self._appointment.request()
+
+    def _write(self, pending: PendingSave) -> None:
+        try:
+            self._commit(pending)
+        except Exception as error:
+            self._failed(pending, error)
+        else:
+            self._failures = 0
+
+    def _failed(self, pending: PendingSave, error: Exception) -> None:
+        self._failures += 1
+        self._report.failed_saves += 1
+        lost = not isinstance(error, OSError) or isinstance(error, LeaseError)
+        _log.error(
+            "the checkpoint of step %d could not be saved in %s (failure %d in a row): %s",
+            pending.step, self._store.location, self._failures, error, exc_info=lost,
+        )  # fmt: skip
+        if pending.final:
+            self._final_error = error
+        if lost or pending.final or self._failures >= FAILURES_IN_A_ROW:
+            self._coordinator.request_stop(error, source="service 'checkpoints'")
+        elif self._appointment is not None:
+            self._wanted = False
+            self._appointment.postpone(RETRY_AFTER[self._failures - 1])
+
+    def _commit(self, pending: PendingSave) -> None:
+        existing = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step == pending.step]
+        target = CheckpointId(pending.step, existing[-1].revision + 1 if existing else 0)
+        draft = self._store.begin(target)
+        try:
+            files = write_snapshot(draft, pending.snapshot, pending.run_state)
+            manifest = self._manifest(pending, files)
+            if existing and self._is_same(existing[-1], manifest):
+                draft.discard()
+                return
+            draft.commit(manifest)
+        except Exception:
+            _discard(draft.discard)
+            raise
+        self._report.saves += 1
+        self._report.last_saved = self._store.name_of(target)
+        _log.info("saved %s in %s", self._report.last_saved, self._store.location)
+        self._committed(self._report.last_saved, pending.step)
+        prune(self._store, self._keep)
+
+    def _manifest(self, pending: PendingSave, files: Mapping[str, FileRecord]) -> Manifest:
+        return Manifest(
+            step=pending.step,
+            backend=self._labels.backend,
+            wall_time=self._clock.time(),
+            parts=tuple(pending.snapshot.parts),
+            files=files,
+            metrics=pending.metrics,
+            versions=self._labels.versions,
+        )
+
+    def _is_same(self, checkpoint: CheckpointId, manifest: Manifest) -> bool:
+        try:
+            with self._store.open(checkpoint) as reader:
+                there = reader.manifest()
+        except (CheckpointDamagedError, FileNotFoundError):
+            return False
+        return there.files == manifest.files and there.metrics == manifest.metrics
+
+
+def prune(store: CheckpointStore, keep: Retention) -> None:
+    """Remove what retention does not keep; never the newest, and nothing whose manifest cannot be read.
+
+    A failure to remove is logged and left for the next time: the new checkpoint is safe.
+
+    :raises LeaseLostError: if another writer has taken over.
+    """
+    known: dict[CheckpointId, Kept] = {}
+    for checkpoint in store.checkpoints():
+        try:
+            with store.open(checkpoint) as reader:
+                manifest = reader.manifest()
+        except (CheckpointDamagedError, OSError):
+            continue
+        known[checkpoint] = Kept(checkpoint.step, manifest.wall_time, manifest.metrics)
+    current = {checkpoint.step: checkpoint for checkpoint in known}  # of each step, the last revision
+    kept = keep.keep([known[checkpoint] for checkpoint in current.values()]) | {max(current, default=0)}
+    for checkpoint in known:
+        if checkpoint is current[checkpoint.step] and checkpoint.step in kept:
+            continue
+        try:
+            store.remove(checkpoint)
+        except LeaseError:
+            raise
+        except OSError as error:
+            _log.error("%s could not be removed from %s: %s", store.name_of(checkpoint), store.location, error)
+
+
+def _discard(discard: Callable[[], Any]) -> None:
+    try:
+        discard()
+    except OSError as error:
+        _log.error("a draft could not be removed and is left for the next start: %s", error)

@@ -1,0 +1,180 @@
+"""How threads stop together: one flag, one kept cause, and a join that names who did not come."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from supervise_core.clock import Clock, SystemClock
+from supervise_core.errors import StragglersError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StopCause:
+    """Why a run stops: who asked (``training block``, ``service checkpoints``, ``signal SIGTERM`` …), and the error if any."""
+
+    source: str
+    error: BaseException | None = None
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return self.source
+        return f"{self.source}: {type(self.error).__name__}: {self.error}"
+
+
+class StopSignal:
+    """The half of a coordinator that a service needs: whether to stop, and a wait that ends with the stop."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock = clock or SystemClock()
+        self._stopped = threading.Event()
+
+    def should_stop(self) -> bool:
+        """Whether a stop was requested. Takes no lock and never raises."""
+        return self._stopped.is_set()
+
+    def wait_for_stop(self, timeout: float | None = None) -> bool:
+        """Wait for the stop, at most ``timeout`` seconds; whether it was requested."""
+        return self.clock.wait(self._stopped, timeout)
+
+
+class Coordinator(StopSignal):
+    """Coordinates the end of a set of threads. One coordinator is for one run.
+
+    The first request to stop is the *cause*, and it is kept. The first *error* is what ``join`` raises, even when a
+    stop without an error came before it; every later error is attached to the first one as a note. ``clean_stop``
+    are the exceptions that mean "the input is exhausted": they stop a run and are not errors.
+    """
+
+    def __init__(self, clean_stop: Iterable[type[BaseException]] = (), clock: Clock | None = None) -> None:
+        super().__init__(clock)
+        self._clean_stop = tuple(clean_stop)
+        self._lock = threading.Lock()
+        self._cause: StopCause | None = None
+        self._errors: list[StopCause] = []
+        self._threads: list[threading.Thread] = []
+        self._listeners: list[Callable[[StopCause], None]] = []
+
+    @property
+    def cause(self) -> StopCause | None:
+        """The first request to stop; None while there was none."""
+        return self._cause
+
+    @property
+    def errors(self) -> tuple[StopCause, ...]:
+        """Every error that was reported, in order. The first is the one that is raised."""
+        with self._lock:
+            return tuple(self._errors)
+
+    def request_stop(self, error: BaseException | None = None, *, source: str = "request_stop") -> None:
+        """Ask all threads to stop. An error is kept whenever it comes; nothing is raised here.
+
+        :raises TypeError: if ``error`` is no exception.
+        """
+        if error is not None and not isinstance(error, BaseException):
+            raise TypeError(f"request_stop takes an exception object or None, not {error!r}")
+        if error is not None and isinstance(error, self._clean_stop):
+            source, error = f"{source}: end of input ({type(error).__name__})", None
+        cause = StopCause(source, error)
+        with self._lock:
+            first = self._cause is None
+            if first:
+                self._cause = cause
+            new_error = error is not None and self._keep_error(cause)
+            listeners = list(self._listeners) if first else []
+            self._stopped.set()
+        if new_error:
+            _log.error("%s: %s", source, error, exc_info=error)
+        elif first:
+            _log.info("stop requested by %s", source)
+        for listener in listeners:
+            listener(cause)
+
+    def _keep_error(self, cause: StopCause) -> bool:
+        """Keep an error unless it is one that came before, seen again further up; whether it was new."""
+        if any(cause.error is kept.error for kept in self._errors):
+            return False
+        if self._errors and cause.error is not None:
+            first = self._errors[0].error
+            assert first is not None
+            text = "".join(traceback.format_exception(cause.error)).rstrip()
+            first.add_note(f"After this error, {cause.source} failed too:\n{text}")
+        self._errors.append(cause)
+        return True
+
+    def on_stop(self, listener: Callable[[StopCause], None]) -> None:
+        """Call the listener once, with the cause, in the thread that requests the stop; at once if that has happened."""
+        with self._lock:
+            cause = self._cause
+            if cause is None:
+                self._listeners.append(listener)
+                return
+        listener(cause)
+
+    def register(self, thread: threading.Thread) -> None:
+        """Add a thread to those that ``join`` waits for."""
+        with self._lock:
+            if thread not in self._threads:
+                self._threads.append(thread)
+
+    @contextmanager
+    def stop_on_exception(self, source: str | None = None) -> Generator[None, None, None]:
+        """Report any exception of the block as the error of ``source`` and end the block; the error comes out of ``join``."""
+        try:
+            yield
+        except BaseException as error:
+            self.request_stop(error, source=source or f"thread {threading.current_thread().name!r}")
+
+    def join(
+        self,
+        threads: Iterable[threading.Thread] = (),
+        grace: float = 120.0,
+        ignore_live_threads: bool = False,
+    ) -> None:
+        """Wait for the registered threads and the given ones, then raise the first error that was reported.
+
+        Without a stop request it waits until all have ended on their own. From the request on, they have ``grace``
+        seconds, all together, on the clock.
+
+        :raises BaseException: the first error reported, as the object that it is, on the first and every further call.
+        :raises StragglersError: if there is no such error, threads are left, and they are not to be ignored.
+        """
+        stragglers = self.join_threads(threads, grace)
+        self.raise_requested_exception()
+        if stragglers and not ignore_live_threads:
+            raise StragglersError(grace, {thread.name: stack_of(thread) for thread in stragglers})
+
+    def join_threads(self, threads: Iterable[threading.Thread] = (), grace: float = 120.0) -> list[threading.Thread]:
+        """Wait as ``join`` does, and raise nothing: the threads that are left. Threads that register meanwhile count."""
+        given = list(threads)
+        while not self._stopped.is_set() and (alive := self._alive(given)):
+            self.clock.join(alive[0], 0.05)
+        deadline = self.clock.monotonic() + grace
+        while (alive := self._alive(given)) and (left := deadline - self.clock.monotonic()) > 0:
+            self.clock.join(alive[0], left)
+        for thread in alive:
+            _log.error("thread %r did not stop within %g s; it is at:\n%s", thread.name, grace, stack_of(thread))
+        return alive
+
+    def raise_requested_exception(self) -> None:
+        """Raise the first error that was reported, if there is one."""
+        if self._errors and (error := self._errors[0].error) is not None:
+            raise error
+
+    def _alive(self, given: list[threading.Thread]) -> list[threading.Thread]:
+        with self._lock:
+            known = [*self._threads, *(thread for thread in given if thread not in self._threads)]
+        return [thread for thread in known if thread.is_alive() and thread is not threading.current_thread()]
+
+
+def stack_of(thread: threading.Thread) -> str:
+    """Where a thread is now, as text."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "".join(traceback.format_stack(frame)).rstrip() if frame is not None else "(it has ended)"

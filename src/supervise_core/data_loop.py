@@ -1,0 +1,397 @@
+"""Where the training loop stands in its data: ``sv.epochs`` and ``sv.batches``, and when a position may be saved.
+
+Rule 1. An item is *used* when the global step has moved since it was handed out; where nothing counts steps, when the
+        next one is asked for. A position is saved only while every item handed out is used, so it never holds half a step.
+Rule 2. While a ``batches`` is open, the boundary is the ``next()`` of the outermost one. What is opened inside its body
+        (a validation pass) is begun anew by the program after a resume, and so are its positions.
+Rule 3. From the end of a training pass until the epoch ends (or steps are made again) there is no boundary: the program
+        validates and steps its scheduler there, and a resumed run enters that stretch from its beginning.
+Rule 4. "Epoch e is exhausted" is not "epoch e + 1 has begun". A resumed run is given epoch e again, its passes that are
+        exhausted yield nothing, and what follows them in the epoch's body runs.
+Rule 5. On a stop, a pass goes on until the items in hand are used (an accumulation is completed), within bounds.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from supervise_core.boundary import StepBoundary, StepCounter
+from supervise_core.coordinator import Coordinator
+from supervise_core.data_source import BatchSource
+from supervise_core.errors import SessionStateError
+
+_EXTRA_ITEMS_ON_STOP: Final = 8  # beyond the largest group seen: skipped AMP steps
+
+SourceFactory = Callable[[Any, int], BatchSource]
+
+
+class Stream:
+    """All passes of one name: how many there were, and where the current one stands."""
+
+    def __init__(self, name: str, saved: dict[str, Any] | None = None) -> None:
+        state: dict[str, Any] = saved or {}
+        self.name = name
+        self.passes: int = state.get("passes", 0)
+        self.in_epoch: int = state.get("in_epoch", 0)
+        self.resuming: dict[str, Any] | None = state.get("current")
+        self.seen = max(0, self.in_epoch - 1)
+        self.source: BatchSource | None = None
+        self.handed = 0
+        self.in_hand = 0
+        self.finished = True
+        self.step_at_draw: int | None = None
+        self.mark_at_draw: object = None
+        self.largest_group = 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether steps were ever made with the items of this stream."""
+        return self.largest_group > 0
+
+    def settle(self, steps: StepCounter, *, asked: bool, counts: bool) -> None:
+        """Apply rule 1 to the items in hand; ``asked``: the next item is being asked for."""
+        step = steps.read()
+        if self.in_hand:
+            if step is None:
+                if not asked:
+                    return
+                steps.counted += self.in_hand if counts else 0
+            elif step == self.step_at_draw:
+                return
+            if step is not None or counts:
+                self.largest_group = max(self.largest_group, self.in_hand)
+            self.in_hand = 0
+        self.step_at_draw = step
+
+    def position(self, unused: int = 0) -> dict[str, Any]:
+        """What is saved of it; ``unused`` is how many of the items handed out last are to be handed out again."""
+        current: dict[str, Any] | None = self.resuming
+        if self.source is not None:
+            current = {
+                "consumed": self.handed - unused,
+                "finished": self.finished,
+                "state": None if self.finished else self.source.state(),
+            }
+        return {"passes": self.passes, "in_epoch": self.in_epoch, "current": current}
+
+    def end_of_epoch(self) -> None:
+        self.in_epoch = self.seen = 0
+        self.resuming = None
+        if self.source is not None:
+            self.source.close()
+        self.source = None
+        self.finished = True
+
+
+class DataLoop:
+    """The data positions of one run."""
+
+    def __init__(
+        self,
+        source_of: SourceFactory,
+        steps: StepCounter,
+        boundary: StepBoundary,
+        coordinator: Coordinator,
+        mark: Callable[[], object],
+        run_seed: int,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        state: dict[str, Any] = saved or {}
+        self.steps = steps
+        self.boundary = boundary
+        self.coordinator = coordinator
+        self.mark = mark
+        self.exhausted: Callable[[], None] = lambda: None
+        self.stopping: Callable[[], None] = lambda: None
+        self._source_of = source_of
+        self._run_seed: int = state.get("run_seed", run_seed)
+        self._epochs: dict[str, int] = dict(state.get("epochs", {}))
+        self._resumed_epochs = set(self._epochs)
+        self._streams = {name: Stream(name, entry) for name, entry in state.get("streams", {}).items()}
+        self.counting: str | None = state.get("counting")
+        if self._epochs:
+            for stream in self._streams.values():  # the program enters the epoch's body from its beginning
+                stream.seen = 0
+        self._open: list[weakref.ref[Batches]] = []
+        self._closed_at: int | None = None
+        self._closed_by: Stream | None = None
+        self._rounds_begun = False
+
+    # ---- what users iterate over
+
+    def epochs(self, count: int, name: str) -> Iterator[int]:
+        return Epochs(self, count, name)
+
+    def batches(self, data: Any, name: str) -> Batches:
+        return Batches(self, data, self._streams.setdefault(name, Stream(name)))
+
+    # ---- positions
+
+    def position(self) -> dict[str, Any] | None:
+        """What to save now; None while the loop stands where no position can be saved."""
+        if not self._settled() or not self.is_between_steps():
+            return None
+        return self._position({})
+
+    def position_at_stop(self) -> dict[str, Any] | None:
+        """As ``position``, but an item in hand that nothing was done with yet is to be handed out again."""
+        if (position := self.position()) is not None:
+            return position
+        waiting = [stream for stream in self._streams.values() if self._waits(stream)]
+        if len(waiting) != 1 or not self.is_between_steps():
+            return None
+        [stream] = waiting
+        if stream.in_hand != 1 or stream.source is None or not stream.source.state_before_last_draw:
+            return None
+        if stream.mark_at_draw != self.mark():
+            return None
+        return self._position({stream.name: 1})
+
+    def position_at_end(self) -> dict[str, Any]:
+        """What to save when the program has ended its loop of its own accord."""
+        return self.position_at_stop() or self._position({})
+
+    def _position(self, unused: dict[str, int]) -> dict[str, Any]:
+        return {
+            "run_seed": self._run_seed,
+            "counted": self.steps.counted,
+            "counting": self.counting,
+            "epochs": dict(self._epochs),
+            "streams": {name: stream.position(unused.get(name, 0)) for name, stream in self._streams.items()},
+        }
+
+    def is_between_steps(self) -> bool:
+        """Rule 3."""
+        return self._closed_at is None or self.steps.now() != self._closed_at
+
+    def is_round_boundary(self) -> bool:
+        """Whether ``should_stop()`` is a boundary: no pass is open, and rule 3 allows it."""
+        return self._outermost() is None and self.is_between_steps()
+
+    def count_round(self) -> None:
+        """A round of ``while not sv.should_stop()`` begins, so the one before it has ended."""
+        if self.counting is None and self.steps.is_own:
+            self.steps.counted += self._rounds_begun
+            self._rounds_begun = True
+
+    def _settled(self) -> bool:
+        for stream in self._streams.values():
+            stream.settle(self.steps, asked=False, counts=stream.name == self.counting)
+        return not any(self._waits(stream) for stream in self._streams.values())
+
+    def _waits(self, stream: Stream) -> bool:
+        """Whether a stream has items in hand that steps are expected of."""
+        return stream.in_hand > 0 and (stream.trains or stream.name == self.counting)
+
+    def is_outermost(self, batches: Batches) -> bool:
+        return self._outermost() is batches
+
+    def length_of(self, data: Any) -> int | None:
+        return self._source_of(data, 0).length()
+
+    def _outermost(self) -> Batches | None:
+        while self._open:
+            batches = self._open[0]()
+            if batches is not None and batches.is_open:
+                return batches
+            self._open.pop(0)
+        return None
+
+    # ---- for the iterators
+
+    def reach(self) -> None:
+        """A boundary, if the position allows one."""
+        if self._settled() and self.is_between_steps():
+            self.boundary.reach(self.steps.now())
+            if self.coordinator.should_stop():
+                self.stopping()
+        elif self.coordinator.should_stop():
+            self.stopping()
+
+    def open_pass(self, batches: Batches, data: Any) -> bool:
+        """Begin a pass of a stream, or go on with the one that a checkpoint holds; False if it is exhausted already."""
+        stream = batches.stream
+        if any((other := ref()) is not None and other.is_open and other.stream is stream for ref in self._open):
+            raise SessionStateError(
+                f"two sv.batches named {stream.name!r} are open at once; give one of them a name: "
+                "sv.batches(data, name='validation')"
+            )
+        stream.seen += 1
+        if stream.seen < stream.in_epoch:
+            return False
+        resuming, stream.resuming = (stream.resuming if stream.seen == stream.in_epoch else None), None
+        stream.in_epoch = stream.seen
+        if resuming is not None and resuming["finished"]:
+            self._close_stretch(stream)
+            return False
+        if self.counting is None:
+            self.counting = stream.name
+        source = self._source_of(data, self._run_seed)
+        if resuming is None:
+            source.start(stream.passes, None, 0)
+            stream.passes += 1
+            stream.handed = 0
+        else:
+            source.start(stream.passes - 1, resuming["state"], resuming["consumed"])
+            stream.handed = resuming["consumed"]
+        stream.source, stream.finished = source, False
+        if self._closed_by is stream:
+            self._closed_at = None
+        self._open.append(weakref.ref(batches))
+        return True
+
+    def close_pass(self, stream: Stream) -> None:
+        """A pass is exhausted, or was left for good: rule 3 begins, if steps are made with this stream."""
+        stream.finished = True
+        if stream.source is not None:
+            stream.source.close()
+        if not stream.trains:
+            stream.in_hand = 0
+        if stream.trains and self._outermost() is None:
+            if self.is_settled_for_stop():
+                self.exhausted()
+            self._close_stretch(stream)
+
+    def _close_stretch(self, stream: Stream) -> None:
+        self._closed_at = self.steps.now()
+        self._closed_by = stream
+
+    def begin_epoch(self, name: str, first: int) -> int:
+        """The epoch to begin with: the saved one, once, or the first."""
+        if name in self._resumed_epochs:
+            self._resumed_epochs.discard(name)
+            return self._epochs[name]
+        if name in self._epochs:
+            raise SessionStateError(
+                f"sv.epochs named {name!r} was used before in this loop; give the second one a name of its own: "
+                "sv.epochs(5, name='fine-tuning')"
+            )
+        self._epochs[name] = first
+        return first
+
+    def end_epoch(self, name: str, following: int) -> None:
+        """The body of an epoch is through."""
+        for ref in self._open:
+            if (batches := ref()) is not None:
+                batches.leave()
+        self._open.clear()
+        self._epochs[name] = following
+        inside = list(self._epochs)[list(self._epochs).index(name) + 1 :]
+        for other in inside:
+            del self._epochs[other]
+            self._resumed_epochs.discard(other)
+        for stream in self._streams.values():
+            stream.end_of_epoch()
+        self._closed_at = None
+        self._closed_by = None
+
+    def is_settled_for_stop(self) -> bool:
+        return self._settled() and self.is_between_steps()
+
+
+class Epochs(Iterator[int]):
+    """The numbers of the epochs that are left, from 0 (or the saved one) up to ``count``; ends on a stop."""
+
+    def __init__(self, loop: DataLoop, count: int, name: str) -> None:
+        self._loop = loop
+        self._count = count
+        self._name = name
+        self._epoch: int | None = None
+        self._ended = False
+
+    def __next__(self) -> int:
+        if self._ended:
+            raise StopIteration
+        loop = self._loop
+        if self._epoch is None:
+            self._epoch = loop.begin_epoch(self._name, 0)
+        else:
+            self._epoch += 1
+            loop.end_epoch(self._name, self._epoch)
+        if loop.boundary.due:
+            loop.reach()
+        stopped = loop.coordinator.should_stop() and loop.is_settled_for_stop()
+        if stopped or self._epoch >= self._count:
+            self._ended = True
+            raise StopIteration
+        return self._epoch
+
+
+class Batches(Iterator[Any]):
+    """The items of one pass that are left; ends with the data, or on a stop."""
+
+    def __init__(self, loop: DataLoop, data: Any, stream: Stream) -> None:
+        self.stream = stream
+        self.is_open = False
+        self._loop = loop
+        self._data = data
+        self._begun = False
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Any:
+        loop, stream = self._loop, self.stream
+        if not self.is_open:
+            self._begin()
+        else:
+            stream.settle(loop.steps, asked=True, counts=stream.name == loop.counting)
+        if loop.boundary.due and loop.is_outermost(self):
+            loop.reach()
+        if loop.coordinator.should_stop() and self._may_end():
+            self.is_open = False
+            raise StopIteration
+        source = stream.source
+        assert source is not None
+        try:
+            item = source.draw()
+        except StopIteration:
+            self.leave()
+            raise
+        except Exception as error:
+            if loop.coordinator.should_stop() and source.ends_with(error):
+                self.is_open = False
+                raise StopIteration from None
+            raise
+        stream.handed += 1
+        stream.in_hand += 1
+        if stream.in_hand == 1:
+            stream.mark_at_draw = loop.mark()
+        return item
+
+    def __len__(self) -> int:
+        """How many items are left.
+
+        :raises TypeError: if the data does not know.
+        """
+        length = self._loop.length_of(self._data)
+        if length is None:
+            raise TypeError("the data given to sv.batches has no len()")
+        return max(0, length - (self.stream.handed if self.is_open else 0))
+
+    def leave(self) -> None:
+        """End the pass for good."""
+        if self.is_open:
+            self.is_open = False
+            self._loop.close_pass(self.stream)
+
+    def __del__(self) -> None:
+        if self.is_open and not self._loop.coordinator.should_stop():
+            self.leave()
+
+    def _begin(self) -> None:
+        if self._begun:
+            raise StopIteration
+        self._begun = True
+        if not self._loop.open_pass(self, self._data):
+            raise StopIteration
+        self.is_open = True
+
+    def _may_end(self) -> bool:
+        """Rule 5."""
+        stream = self.stream
+        if not stream.in_hand or not stream.trains:
+            return True
+        return stream.in_hand >= stream.largest_group + _EXTRA_ITEMS_ON_STOP

@@ -1,0 +1,251 @@
+"""Checkpoints in a directory of a file system.
+
+``<logdir>/<basename>-<step>/`` is a checkpoint; the listing is the only index, and nothing in it is an absolute path.
+Commit: the draft's files are written and fsynced, then its manifest, then the draft directory; the draft is renamed to
+its name, and the log directory fsynced. Removal goes the other way: renamed out of the listing, the listing fsynced,
+and only then are files unlinked, so that no power cut brings half a checkpoint back.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from supervise_core.checkpoint_store import CheckpointId, CheckpointReader, CheckpointStore, Chunk, Draft
+from supervise_core.clock import Clock, SystemClock
+from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_file
+from supervise_core.errors import CheckpointDamagedError
+from supervise_core.host import Host
+from supervise_core.lease import Lease, is_lost
+from supervise_core.manifest import MANIFEST, Manifest, check_file_name
+
+_log = logging.getLogger(__name__)
+
+_SET_ASIDE: Final = "set-aside"
+_RETIRED: Final = "retired"
+_REASON: Final = "reason.json"
+
+
+class DirectoryStore(CheckpointStore):
+    """Checkpoints below one directory, which need not exist yet."""
+
+    def __init__(
+        self,
+        logdir: str | os.PathLike[str],
+        basename: str = "model.ckpt",
+        *,
+        disk: Disk | None = None,
+        clock: Clock | None = None,
+        host: Host | None = None,
+    ) -> None:
+        """:raises ValueError: if the basename cannot begin the name of a directory."""
+        if basename != os.path.basename(basename) or basename.startswith(".") or not basename:
+            raise ValueError(f"{basename!r} cannot begin a directory name; use something like 'model.ckpt'")
+        self.path = Path(logdir)
+        self.location = str(self.path)
+        self._basename = basename
+        self._pattern = re.compile(re.escape(basename) + r"-(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?")
+        self._disk = disk or Disk()
+        self._lease = Lease(self.path, self._disk, clock or SystemClock(), host or Host())
+        self._drafts = 0
+
+    # ---- the writer
+
+    def acquire(self) -> None:
+        ensure_directory(self._disk, self.path)
+        self._lease.acquire()
+        try:
+            self._sweep()
+        except BaseException:
+            self._lease.release()
+            raise
+
+    def release(self) -> None:
+        self._lease.release()
+
+    def check_lease(self) -> None:
+        self._lease.check()
+
+    def beat(self) -> None:
+        self._lease.beat()
+
+    def begin(self, checkpoint: CheckpointId) -> Draft:
+        self._drafts += 1
+        draft = self._lease.directory / f"draft-{self._drafts}"
+        self._change(self._disk.make_directory, draft)
+        return _DirectoryDraft(self, checkpoint, draft)
+
+    def remove(self, checkpoint: CheckpointId) -> None:
+        name = self.name_of(checkpoint)
+        trash = self._lease.directory / f"trash-{name}"
+        self._change(self._disk.rename, self.path / name, trash)
+        self._disk.sync_directory(self.path)
+        remove_tree(self._disk, trash)
+
+    def set_aside(self, checkpoint: CheckpointId, reason: str) -> None:
+        self._put_away(checkpoint, _SET_ASIDE, reason)
+
+    def retire(self, checkpoint: CheckpointId) -> None:
+        self._put_away(checkpoint, _RETIRED, "the user began anew")
+
+    def retire_damaged(self) -> None:
+        for name in self._disk.names(self.path / _SET_ASIDE):
+            parcel = self._lease.directory / f"{_RETIRED}-{name}"
+            self._change(self._disk.rename, self.path / _SET_ASIDE / name, parcel)
+            self._deliver(parcel)
+
+    # ---- everybody
+
+    def checkpoints(self) -> list[CheckpointId]:
+        matches = (self._pattern.fullmatch(name) for name in self._disk.names(self.path))
+        return sorted(CheckpointId(int(match[1]), int(match[2] or 0)) for match in matches if match)
+
+    def name_of(self, checkpoint: CheckpointId) -> str:
+        revision = f".{checkpoint.revision}" if checkpoint.revision else ""
+        return f"{self._basename}-{checkpoint.step}{revision}"
+
+    def open(self, checkpoint: CheckpointId) -> CheckpointReader:
+        return open_checkpoint_directory(self.path / self.name_of(checkpoint), self._disk)
+
+    def damaged(self) -> Mapping[str, str]:
+        return {name: self._reason(name) for name in self._disk.names(self.path / _SET_ASIDE)}
+
+    # ---- inside
+
+    def _change(self, act: object, *paths: Path) -> None:
+        """One call that makes a change from or into the lease directory; that it is gone means that we were replaced."""
+        assert callable(act)
+        try:
+            act(*paths)
+        except OSError as error:
+            if is_lost(error) and not self._disk.is_directory(self._lease.directory):
+                raise self._lease.lost() from error
+            raise
+
+    def _put_away(self, checkpoint: CheckpointId, where: str, reason: str) -> None:
+        """Into a parcel inside the lease directory, with the reason beside it, and from there to its place."""
+        name = self.name_of(checkpoint)
+        self._drafts += 1
+        parcel = self._lease.directory / f"{where}-{name}"
+        self._change(self._disk.make_directory, parcel)
+        record = {"checkpoint": name, "reason": reason}
+        write_file(self._disk, parcel / _REASON, [json.dumps(record, indent=1).encode()])
+        self._change(self._disk.rename, self.path / name, parcel / name)
+        self._disk.sync_directory(parcel)
+        self._deliver(parcel)
+
+    def _deliver(self, parcel: Path) -> None:
+        """Move ``<place>-<name>`` out of a lease directory to ``<place>/<name>`` (or ``<name>~2``, …)."""
+        where = _RETIRED if parcel.name.startswith(_RETIRED) else _SET_ASIDE
+        shelf = self.path / where
+        ensure_directory(self._disk, shelf)
+        if not self._disk.is_directory(shelf):
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory of its own", str(shelf))
+        name = parcel.name.removeprefix(f"{where}-")
+        taken = set(self._disk.names(shelf))
+        target = next(
+            candidate
+            for number in range(1, len(taken) + 2)
+            if (candidate := name if number == 1 else f"{name}~{number}") not in taken
+        )
+        self._change(self._disk.rename, parcel, shelf / target)
+        self._disk.sync_directory(shelf)
+        self._disk.sync_directory(self.path)
+
+    def _reason(self, name: str) -> str:
+        try:
+            directory = self._disk.open_directory(self.path / _SET_ASIDE / name)
+        except OSError:
+            return "no reason recorded"
+        try:
+            record = json.loads(self._disk.read(directory, _REASON)) if _REASON in directory.files else {}
+        except ValueError:
+            record = {}
+        finally:
+            directory.close()
+        return str(record.get("reason", "no reason recorded")) if isinstance(record, dict) else "no reason recorded"
+
+    def _sweep(self) -> None:
+        """Finish what writers that are no more left behind: evidence goes to its place, drafts and trash away."""
+        for leftover in self._lease.leftovers():
+            for name in self._disk.names(leftover):
+                parcel = leftover / name
+                if name.startswith((_SET_ASIDE, _RETIRED)) and len(self._disk.names(parcel)) > 1:
+                    self._deliver(parcel)
+            if any(name.startswith(("draft-", "trash-")) for name in self._disk.names(leftover)):
+                _log.info("swept what a writer that is no more left half done in %s", self.path)
+            remove_tree(self._disk, leftover)
+
+    def commit(self, draft: Path, checkpoint: CheckpointId) -> None:
+        """Make a finished draft a checkpoint; for the draft alone."""
+        self._disk.sync_directory(draft)
+        self._change(self._disk.rename, draft, self.path / self.name_of(checkpoint))
+        self._disk.sync_directory(self.path)
+
+    def write(self, draft: Path, file: str, chunks: Iterable[Chunk]) -> None:
+        """Write one durable file of a draft; for the draft alone."""
+        try:
+            write_file(self._disk, draft / file, chunks)
+        except FileNotFoundError as error:
+            if not self._disk.is_directory(self._lease.directory):
+                raise self._lease.lost() from error
+            raise
+
+    def discard(self, draft: Path) -> None:
+        """Remove a draft; for the draft alone."""
+        remove_tree(self._disk, draft)
+
+
+class _DirectoryDraft(Draft):
+    def __init__(self, store: DirectoryStore, checkpoint: CheckpointId, path: Path) -> None:
+        self._store = store
+        self._checkpoint = checkpoint
+        self._path = path
+
+    def write(self, file: str, chunks: Iterable[Chunk]) -> None:
+        self._store.write(self._path, check_file_name(file), chunks)
+
+    def commit(self, manifest: Manifest) -> CheckpointId:
+        self._store.write(self._path, MANIFEST, [manifest.to_bytes()])
+        self._store.commit(self._path, self._checkpoint)
+        return self._checkpoint
+
+    def discard(self) -> None:
+        self._store.discard(self._path)
+
+
+class _DirectoryReader(CheckpointReader):
+    def __init__(self, directory: OpenDirectory, disk: Disk) -> None:
+        self.name = directory.path.name
+        self._directory = directory
+        self._disk = disk
+
+    def size(self, file: str) -> int | None:
+        return self._directory.size(file) if file in self._directory.files else None
+
+    def read_unverified(self, file: str) -> bytearray:
+        return self._disk.read(self._directory, file)
+
+    def close(self) -> None:
+        self._directory.close()
+
+
+def open_checkpoint_directory(path: Path, disk: Disk | None = None) -> CheckpointReader:
+    """One checkpoint directory, wherever it lies, held open for reading.
+
+    :raises FileNotFoundError: if it is not there.
+    :raises CheckpointDamagedError: if what bears the name is no directory.
+    """
+    own = disk or Disk()
+    try:
+        return _DirectoryReader(own.open_directory(path), own)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise CheckpointDamagedError(path.name, "it is not a directory of its own") from error
+        raise

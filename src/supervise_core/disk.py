@@ -1,0 +1,186 @@
+"""The only file that changes a file system: every create, write, fsync, rename and removal of the core is a method here.
+
+Each method is one call to the operating system, so that a test can crash before any one of them, fail it, or forget
+what was never fsynced.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+from weakref import finalize
+
+_READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Disk:
+    """A file system, one call at a time."""
+
+    def make_directory(self, path: Path) -> None:
+        """Make one directory; its parent must exist, and it must not."""
+        os.mkdir(path)
+
+    def create(self, path: Path) -> int:
+        """Create a file that must not exist yet; an open descriptor for writing."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+    def write(self, descriptor: int, data: bytes | bytearray | memoryview) -> None:
+        """Append all of the data."""
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+    def sync(self, descriptor: int) -> None:
+        """Make a file's content survive a power cut."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make a directory's names survive a power cut."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems have no fsync for directories, and need none
+                raise
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename; the target must not exist as a non-empty directory."""
+        os.rename(source, target)
+
+    def remove_file(self, path: Path) -> None:
+        os.unlink(path)
+
+    def remove_directory(self, path: Path) -> None:
+        """Remove an empty directory."""
+        os.rmdir(path)
+
+    # ---- reading
+
+    def names(self, path: Path) -> list[str]:
+        """The names in a directory, sorted; none when it does not exist."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+
+    def is_directory(self, path: Path) -> bool:
+        """Whether it is a directory itself, not a link to one."""
+        try:
+            return stat.S_ISDIR(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            return False
+
+    def open_directory(self, path: Path) -> OpenDirectory:
+        """Hold a directory and the files in it open, so that what was there when it was opened can be read to the end."""
+        return OpenDirectory(path)
+
+    def read(self, directory: OpenDirectory, name: str) -> bytearray:
+        """The whole content of a file held open."""
+        return directory.read(name)
+
+
+class OpenDirectory:
+    """A directory held open with its regular files: readable in full even when it is renamed or removed meanwhile.
+
+    Links, devices and pipes in it are not followed and not opened; they count as not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        opened: list[int] = []
+        self._finalizer = finalize(self, _close_all, opened)
+        try:
+            here = os.open(path, _READ_FLAGS | os.O_DIRECTORY)
+            opened.append(here)
+            self.files: Mapping[str, int] = dict(_open_regular_files(here, opened))
+        except BaseException:
+            self.close()
+            raise
+
+    def size(self, name: str) -> int:
+        return os.fstat(self.files[name]).st_size
+
+    def read(self, name: str) -> bytearray:
+        descriptor = self.files[name]
+        content = bytearray(self.size(name))
+        view = memoryview(content)
+        done = 0
+        while done < len(content):
+            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], done)
+            if not count:
+                break
+            done += count
+        view.release()
+        del content[done:]
+        return content
+
+    def close(self) -> None:
+        """Let go of the files; safe to call twice, and done by the garbage collector at the latest."""
+        self._finalizer()
+
+
+def _open_regular_files(directory: int, opened: list[int]) -> Iterable[tuple[str, int]]:
+    for name in os.listdir(directory):
+        try:
+            descriptor = os.open(name, _READ_FLAGS, dir_fd=directory)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                continue
+            raise
+        opened.append(descriptor)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            yield name, descriptor
+
+
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+# ---- what is made of several calls
+
+
+def write_file(disk: Disk, path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
+    """Write a new file and make its content durable. Its name is durable once its directory is synced."""
+    descriptor = disk.create(path)
+    try:
+        for chunk in chunks:
+            disk.write(descriptor, chunk)
+        disk.sync(descriptor)
+    finally:
+        disk.close(descriptor)
+
+
+def ensure_directory(disk: Disk, path: Path) -> None:
+    """Make a directory and those above it, each one's name durable."""
+    if path.is_dir():
+        return
+    ensure_directory(disk, path.parent)
+    try:
+        disk.make_directory(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    disk.sync_directory(path.parent)
+
+
+def remove_tree(disk: Disk, path: Path) -> None:
+    """Remove a directory with all in it, or a file; links are removed, never followed. Gone already is fine."""
+    try:
+        if disk.is_directory(path):
+            for name in disk.names(path):
+                remove_tree(disk, path / name)
+            disk.remove_directory(path)
+        else:
+            disk.remove_file(path)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,463 @@
+"""One run: from the creation of its session to its end, and everything that is undone on the way home."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+from supervise_core.backend import Backend
+from supervise_core.boundary import StepBoundary, StepCounter
+from supervise_core.checkpoint_store import CheckpointStore
+from supervise_core.checkpointer import Checkpointer, CheckpointLabels, PendingSave
+from supervise_core.clock import Clock
+from supervise_core.coordinator import Coordinator, stack_of
+from supervise_core.data_loop import DataLoop
+from supervise_core.lease import BEAT_EVERY
+from supervise_core.looper import Looper
+from supervise_core.operations import Operations
+from supervise_core.plugins import RunHooks
+from supervise_core.report import RunReport
+from supervise_core.retention import Retention
+from supervise_core.services import Service, ServiceContext
+from supervise_core.session_manager import Resume, SessionManager
+from supervise_core.signals import StopSignals, exit_status_of
+from supervise_core.snapshot import Staging
+from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
+from supervise_core.summaries import EventLog, read_value
+from supervise_core.tagged_json import encode
+from supervise_core.triggers import Trigger
+
+_log = logging.getLogger(__name__)
+
+SessionT = TypeVar("SessionT")
+
+_GRACE_WHEN_INSISTED: Final = 1.0
+_VERSIONED: Final = ("supervise-core", "numpy", "torch", "tensorflow")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Generic[SessionT]):
+    """What a run is made of; the parts that its Supervisor was given."""
+
+    backend: Backend[SessionT]
+    operations: Operations[SessionT]
+    manager: SessionManager[SessionT]
+    store: CheckpointStore | None
+    logdir: Path | None
+    is_chief: bool
+    save_every: Trigger | None
+    summarize_every: Trigger | None
+    keep: Retention
+    services: Sequence[Service]
+    resume: Resume
+    grace: float
+    signals: bool
+    staging: Staging
+    clock: Clock
+    hooks: RunHooks
+
+
+class Run(Generic[SessionT]):
+    """One session and everything that works for it.
+
+    ``open`` is the road and ``close`` the way home. What was acquired on the road is on an ``ExitStack``, so that only
+    that is released, in the opposite order, however far the run came. Nothing on the road calls back to its left.
+    """
+
+    session: SessionT
+
+    def __init__(self, plan: Plan[SessionT], coordinator: Coordinator, report: RunReport) -> None:
+        self.plan = plan
+        self.coordinator = coordinator
+        self.report = report
+        self.manager = plan.manager
+        self.summaries: SummaryService | None = None
+        self.events: EventLog | None = None
+        self._checkpoints: CheckpointService | None = None
+        self._checkpointer: Checkpointer | None = None
+        self._signals = StopSignals(coordinator)
+        self._services: list[Service] = []
+        self._metrics: tuple[int, dict[str, float]] = (-1, {})
+        self._held_position: object = None
+        self._home = ExitStack()
+        self._closed = False
+
+    # ---- the road
+
+    def open(self, master: str, config: object, max_wait_secs: float, start_standard_services: bool) -> None:
+        """Bring the model up and start what watches over it. What fails on the way leaves nothing behind."""
+        plan = self.plan
+        with ExitStack() as road:
+            self.coordinator.on_stop(lambda cause: plan.hooks.call("supervise_stop_requested", cause=cause))
+            if plan.signals:
+                self._signals.install()
+                road.callback(self._signals.restore)
+            if plan.store is not None and plan.is_chief:
+                plan.store.acquire()
+                road.callback(plan.store.release)
+            self.session = self._bring_up(master, config, max_wait_secs)
+            road.callback(plan.backend.close_session, self.session)
+            self._place_boundary(road)
+            road.push(self._close_events_on_failure)
+            self._open_events()
+            self._prepare_saving()
+            self._start_services(start_standard_services)
+            self._home = road.pop_all()
+        plan.hooks.call(
+            "supervise_session_ready",
+            session=self.session, logdir=plan.logdir, step=self.report.first_step, restored=self.report.restored,
+        )  # fmt: skip
+
+    def _bring_up(self, master: str, config: object, max_wait_secs: float) -> SessionT:
+        if not self.plan.is_chief:
+            return self.manager.wait_for_session(master, config, max_wait_secs, self.coordinator)
+        session = self.manager.prepare_session(master, config, resume=self.plan.resume)
+        recovery = self.manager.recovery
+        _log.info("%s", recovery)
+        self.report.restored = recovery.restored
+        self.report.set_aside = recovery.set_aside
+        return session
+
+    def _place_boundary(self, road: ExitStack) -> None:
+        backend, session = self.plan.backend, self.session
+        content = self.manager.recovery.content
+        saved: Mapping[str, Any] = {} if content is None else content.run_state
+        position = saved.get("data")
+        self.steps = StepCounter(lambda: backend.global_step(session), (position or {}).get("counted", 0))
+        notify: list[Callable[[int], None]] = []
+        unwatch = backend.watch_steps(session, lambda step: notify[0](step))
+        if unwatch is not None:
+            road.callback(unwatch)
+        self.boundary = StepBoundary(self.coordinator, self.steps, unwatch is not None)
+        notify.append(self.boundary.step_taken)
+        self.loop = DataLoop(
+            lambda data, seed: backend.batch_source(session, data, seed),
+            self.steps,
+            self.boundary,
+            self.coordinator,
+            lambda: backend.mark(session),
+            backend.run_seed(session),
+            position,
+        )
+        self.loop.stopping = self.hold_at_stop
+        self.loop.exhausted = self._hold_at_exhaustion
+        self.report.first_step = self.report.last_step = self.steps.now()
+
+    def _open_events(self) -> None:
+        if self.plan.logdir is not None and self.plan.is_chief:
+            self.events = EventLog(self.plan.logdir, self.plan.clock)
+
+    def _close_events_on_failure(self, kind: object, error: object, trace: object) -> None:
+        if error is not None and self.events is not None:
+            self.events.close()
+
+    def _prepare_saving(self) -> None:
+        """Find out now what could not be saved later."""
+        plan = self.plan
+        if plan.store is None or plan.operations.snapshot is None or not plan.is_chief:
+            return
+        self._checkpointer = Checkpointer(
+            plan.store,
+            plan.keep,
+            CheckpointLabels(plan.backend.name, _versions()),
+            self._capture,
+            self.coordinator,
+            self.report,
+            self._committed,
+        )
+        self._checkpointer.check(self.report.first_step)
+
+    def _start_services(self, standard: bool) -> None:
+        timer = threading.Thread(target=self._keep_time, name="supervise-core timer", daemon=True)
+        self.coordinator.register(timer)
+        if self.plan.store is not None and self.plan.is_chief:
+            Looper(self.coordinator, BEAT_EVERY, self.plan.store.beat, name="supervise-core lease").start()
+        try:
+            if standard and self.events is not None:
+                self.start_standard_services()
+            for service in self.plan.services:
+                self._start(service)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        timer.start()
+
+    def start_standard_services(self) -> list[threading.Thread]:
+        """Checkpoints, summaries and steps per second, as far as the plan has them. The threads that run for them."""
+        plan, events = self.plan, self.events
+        assert events is not None
+        before = set(threading.enumerate())
+        content = self.manager.recovery.content
+        events.add_session_log("START", self.report.first_step)
+        if content is not None:
+            events.repeat(content.run_state.get("events", []), self.report.first_step)
+        if plan.summarize_every is not None:
+            self.summaries = SummaryService(events, plan.summarize_every, plan.operations.summary)
+            self._start(self.summaries)
+            self._start(StepRateService(events, plan.summarize_every))
+        if self._checkpointer is not None:
+            self._checkpoints = CheckpointService(self._checkpointer, plan.save_every)
+            self._start(self._checkpoints)
+            if content is None or self.report.restored not in self._own_checkpoints():
+                self._checkpointer.save(self.report.first_step)
+        return [thread for thread in threading.enumerate() if thread not in before]
+
+    def _own_checkpoints(self) -> list[str]:
+        store = self.plan.store
+        assert store is not None
+        return [store.name_of(checkpoint) for checkpoint in store.checkpoints()]
+
+    def _start(self, service: Service) -> None:
+        self._services.append(service)
+        service.start(self._context())
+
+    def _context(self) -> ServiceContext:
+        def write_summary(values: Mapping[str, Any], step: int) -> None:
+            if self.events is not None:
+                self.events.add({tag: read_value(value) for tag, value in values.items()}, step)
+
+        return ServiceContext(
+            self.session, self.plan.logdir, write_summary, self.coordinator, self.boundary, self.steps
+        )
+
+    def _keep_time(self) -> None:
+        with self.coordinator.stop_on_exception("the timer"):
+            self.boundary.keep_time()
+
+    def _give_up(self, error: BaseException) -> None:
+        """A service could not be started: stop those that were."""
+        self.coordinator.request_stop(source=f"a service that could not be started ({type(error).__name__})")
+        self._stop_services(self.plan.grace, ())
+        if self._checkpointer is not None:
+            self._checkpointer.finish()
+
+    # ---- while it runs
+
+    def ask(self) -> bool:
+        """``should_stop`` where something may be due."""
+        if threading.get_ident() == self.boundary.training_thread and not self._closed:
+            if self.loop.is_round_boundary():
+                self.loop.count_round()
+                self.loop.reach()
+            elif self.coordinator.should_stop():
+                self.hold_at_stop()
+        return self.coordinator.should_stop()
+
+    def save(self) -> None:
+        """Have a checkpoint taken at the next boundary."""
+        if self._checkpoints is not None and self._checkpoints.appointment is not None:
+            self._checkpoints.appointment.request()
+
+    @property
+    def is_saving(self) -> bool:
+        return self._checkpointer is not None and self._checkpointer.is_serving
+
+    def report_metrics(self, values: Mapping[str, float]) -> None:
+        """Keep metrics of the present step for its checkpoint, write them, and have it saved if it may be the best."""
+        step = self.steps.now()
+        known = self._metrics[1] if self._metrics[0] == step else {}
+        self._metrics = (step, known | dict(values))
+        if self.events is not None:
+            self.events.add(values, step)
+        if self._checkpointer is not None and self._checkpointer.metrics_ranked & values.keys():
+            self.save()
+
+    def _capture(self, step: int) -> PendingSave:
+        plan = self.plan
+        assert plan.operations.snapshot is not None
+        position = self.loop.position_at_end()
+        self._held_position = position
+        state = {"data": position, "events": [] if self.events is None else self.events.events_of(step)}
+        run_state = encode(state, "the data's position")
+        try:
+            snapshot = plan.operations.snapshot(self.session, plan.staging)
+        finally:
+            plan.staging.discard()
+        metrics = self._metrics[1] if self._metrics[0] == step else {}
+        return PendingSave(step, snapshot, run_state, metrics)
+
+    def _committed(self, name: str, step: int) -> None:
+        if self.events is not None:
+            path = "" if self.plan.logdir is None else str(self.plan.logdir / name)
+            self.events.add_session_log("CHECKPOINT", step, path)
+        self.plan.hooks.call("supervise_checkpoint_committed", name=name, step=step, logdir=self.plan.logdir)
+
+    # ---- the last snapshot
+
+    def hold_at_stop(self) -> None:
+        """On a stop, take the snapshot of this boundary: what the program does from here to its end is not training."""
+        checkpointer = self._checkpointer
+        if checkpointer is None or not checkpointer.is_serving or self._closed or self._signals.insisted:
+            return
+        step = self.steps.now()
+        position = self.loop.position_at_stop()
+        if position is None or step == self.report.first_step:
+            return
+        if checkpointer.held_step != step or self._held_position != position:
+            self._signals.saving = True
+            checkpointer.hold_final(step)
+
+    def _hold_at_exhaustion(self) -> None:
+        """At the end of a pass: a stop may come before the next boundary, and this is the last exact state until then."""
+        if self._checkpointer is not None and self._checkpointer.is_serving:
+            self._checkpointer.hold(self.steps.now())
+
+    def _take_last_snapshot(self, asked: bool, withheld: str) -> str:
+        """Decide what the final save holds, and have it written. What became of it, in words."""
+        checkpointer = self._checkpointer
+        if checkpointer is None or not checkpointer.is_serving:
+            return "switched off"
+        if withheld:
+            checkpointer.drop()
+            return f"withheld: {withheld}"
+        step = self.steps.now()
+        if step == self.report.first_step and (asked or self.report.restored is not None):
+            return "nothing new: no step was made"
+        if not asked or (checkpointer.held_step != step and self.loop.position_at_stop() is not None):
+            if self.loop.position() is not None:
+                self.boundary.reach(step)
+            checkpointer.hold_final(step)
+        held = checkpointer.held_step
+        if not checkpointer.submit_final():
+            return "nothing new: the block was left in the middle of a step, after the newest checkpoint"
+        if held != step:
+            _log.warning(
+                "the block was left at step %d in the middle of a step; the last exact state is of %s", step, held
+            )
+        return f"step {held}"
+
+    # ---- the way home
+
+    def close(
+        self,
+        error: BaseException | None = None,
+        threads: Iterable[threading.Thread] = (),
+        close_summary_writer: bool = True,
+    ) -> None:
+        """The final save, the end of all services, and the release of what was acquired. Safe to call twice.
+
+        ``error`` is what the training block ended with. Nothing is raised here but a signal that insists.
+        """
+        if self._closed:
+            return
+        try:
+            self._finish(error, threads, close_summary_writer)
+        finally:
+            self._closed = True
+            self._guard(self._home.close, "the end of the session")
+            if close_summary_writer:
+                self.close_events()
+            self._complete_report()
+
+    def close_events(self) -> None:
+        """Close the event file; safe to call twice."""
+        if self.events is not None:
+            self._guard(self.events.close, "the summary writer")
+
+    def _finish(
+        self, error: BaseException | None, threads: Iterable[threading.Thread], close_summary_writer: bool
+    ) -> None:
+        self._signals.saving = True
+        withheld = self._judge(error)
+        grace = _GRACE_WHEN_INSISTED if self._signals.insisted else self.plan.grace
+        asked = self.coordinator.should_stop()
+        self.coordinator.request_stop(source="the end of the training block")
+        try:
+            self.report.final_save = self._take_last_snapshot(asked, withheld)
+        except Exception as failure:
+            self.report.final_save = f"failed: {failure}"
+            self.coordinator.request_stop(failure, source="the final snapshot")
+        self._stop_services(grace, threads)
+        if self._checkpointer is not None and (failed := self._checkpointer.finish()) is not None:
+            self.report.final_save = f"failed: {failed}"
+        self.report.last_step = self.steps.now()
+        if self.events is not None and close_summary_writer:
+            self._guard(self._write_stop_event, "the summary writer")
+
+    def _judge(self, error: BaseException | None) -> str:
+        """Report the block's end to the coordinator. Why the final save is withheld, or ""."""
+        if self._signals.insisted:
+            self.coordinator.request_stop(source="a further signal")
+            return "a further signal asked for an end at once"
+        if error is None or isinstance(error, self.plan.backend.clean_stop):
+            if error is not None:
+                self.coordinator.request_stop(error, source="the training block")
+            return ""
+        if isinstance(error, StopIteration):
+            error.add_note(
+                "StopIteration left the training block. To end a run at the end of its data, leave the loop, "
+                "call sv.request_stop(), or iterate over sv.batches(...)."
+            )
+        if isinstance(error, Exception):
+            self.coordinator.request_stop(error, source="the training block")
+        else:
+            self.coordinator.request_stop(source=f"{type(error).__name__} in the training block")
+        return f"the training block ended with {type(error).__name__}"
+
+    def _stop_services(self, grace: float, threads: Iterable[threading.Thread]) -> None:
+        for thread in self.coordinator.join_threads(threads, grace):
+            self.report.stragglers[thread.name] = stack_of(thread)
+        for service in reversed(self._services):
+            self._guard(service.stop, f"service {service.name!r}")
+        self._services.clear()
+
+    def _write_stop_event(self) -> None:
+        assert self.events is not None
+        self.events.add_session_log("STOP", self.report.last_step, message=str(self.coordinator.cause))
+
+    def _guard(self, act: Callable[[], object], source: str) -> None:
+        try:
+            act()
+        except Exception as failure:
+            self.coordinator.request_stop(failure, source=source)
+
+    def _complete_report(self) -> None:
+        report = self.report
+        report.cause = self.coordinator.cause
+        report.errors = list(self.coordinator.errors)
+        first = self._signals.first
+        report.exit_status = 1 if report.errors else 0 if first is None else exit_status_of(first)
+        _log.info("run ended: %s", report)
+        self.plan.hooks.call("supervise_run_closed", report=report)
+
+    def judge_late(self, error: BaseException | None) -> None:
+        """Take note of what the block ended with, after a ``stop()`` inside it."""
+        self._judge(error)
+
+    def outcome(self, error: BaseException | None) -> bool:
+        """End the ``with`` block: whether its own error, being a clean end, is swallowed.
+
+        :raises BaseException: the first error of the run, if it is another one than the block's.
+        :raises SystemExit, KeyboardInterrupt: for the signal that stopped a run without errors.
+        """
+        first = self.coordinator.errors[0].error if self.coordinator.errors else None
+        clean = error is None or isinstance(error, self.plan.backend.clean_stop)
+        if error is not None and not isinstance(error, Exception) and not clean:
+            if first is not None:
+                error.add_note(f"Before that, {self.coordinator.errors[0]}")
+            return False
+        if first is not None and first is not error:
+            raise first
+        if not clean:
+            return False
+        self._signals.end_process_as_signalled()
+        return error is not None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        if name in ("supervise-core", "numpy") or name in sys.modules:
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found

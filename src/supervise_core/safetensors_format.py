@@ -1,0 +1,115 @@
+"""The safetensors file format: eight bytes of header length, a JSON header, and the tensors' bytes without a gap.
+
+Files are written as one image whose header is padded with spaces to a whole page, so that the tensors begin on a page
+boundary. Headers that are read are distrusted: every size and range is checked before it is used.
+Format: https://huggingface.co/docs/safetensors (the specification in its README).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from supervise_core.tensors import BITS, TensorSpec
+
+PAGE: Final = 4096
+_LENGTH: Final = struct.Struct("<Q")
+_LARGEST_HEADER: Final = 100_000_000  # the limit of the reference implementation
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each tensor of one file lies: offsets from the beginning of the file, in file order."""
+
+    header: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def lay_out(specs: Iterable[TensorSpec]) -> Layout:
+    """The layout of a file with these tensors: widest elements first, so that each one is aligned to its own width."""
+    ordered = sorted(specs, key=lambda spec: (-BITS[spec.dtype], spec.name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for spec in ordered:
+        end = begin + spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode("ascii")
+    padded = -(-(_LENGTH.size + len(text)) // PAGE) * PAGE
+    if padded > _LARGEST_HEADER:
+        raise ValueError(f"{len(ordered)} tensors need a header of {len(text)} bytes, more than safetensors allows")
+    header = _LENGTH.pack(padded - _LENGTH.size) + text.ljust(padded - _LENGTH.size)
+    offsets = {spec.name: padded + entries[spec.name]["data_offsets"][0] for spec in ordered}
+    return Layout(header, offsets, padded + begin)
+
+
+def parse(content: bytes | bytearray | memoryview) -> dict[str, tuple[TensorSpec, memoryview]]:
+    """The tensors of a file's content: name → (spec, its bytes).
+
+    :raises ValueError: if anything in the file is not as the format demands; the message says what.
+    """
+    view = memoryview(content).cast("B")
+    if len(view) < _LENGTH.size:
+        raise ValueError(f"the file has {len(view)} bytes, too few for a safetensors header")
+    (length,) = _LENGTH.unpack(view[: _LENGTH.size])
+    if length > _LARGEST_HEADER or _LENGTH.size + length > len(view):
+        raise ValueError(f"the header claims {length} bytes in a file of {len(view)}")
+    data = view[_LENGTH.size + length :]
+    header = parse_json_object(bytes(view[_LENGTH.size : _LENGTH.size + length]))
+    header.pop("__metadata__", None)
+    ranges = {name: _parse_entry(name, entry) for name, entry in header.items()}
+    _check_no_gaps([(begin, end) for _, begin, end in ranges.values()], len(data))
+    return {name: (spec, data[begin:end]) for name, (spec, begin, end) in ranges.items()}
+
+
+def parse_json_object(text: bytes | bytearray) -> dict[str, Any]:
+    """A JSON object from bytes that are not trusted.
+
+    :raises ValueError: if it is not one, names a key twice, holds NaN, or is nested too deeply.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return result
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    if not isinstance(parsed, dict):
+        raise ValueError("the JSON is not an object")
+    return parsed
+
+
+def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    match entry:
+        case {"dtype": str() as dtype, "shape": list() as shape, "data_offsets": [int() as begin, int() as end]}:
+            if dtype not in BITS:
+                raise ValueError(f"tensor {name!r} has the dtype {dtype!r}, which this version does not read")
+            if not all(type(side) is int and 0 <= side < 1 << 63 for side in shape) or len(shape) > 64:
+                raise ValueError(f"tensor {name!r} has an impossible shape")
+            spec = TensorSpec(name, dtype, tuple(shape))
+            if end - begin != spec.nbytes:
+                raise ValueError(f"tensor {name!r} has {end - begin} bytes where its shape needs {spec.nbytes}")
+            return spec, begin, end
+        case _:
+            raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
+
+
+def _check_no_gaps(ranges: list[tuple[int, int]], size: int) -> None:
+    at = 0
+    for begin, end in sorted(ranges):
+        if begin != at:
+            raise ValueError(f"the tensors overlap or leave a gap at byte {min(begin, at)} of the data")
+        at = end
+    if at != size:
+        raise ValueError(f"the tensors end at byte {at} of {size} bytes of data")

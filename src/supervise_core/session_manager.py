@@ -1,0 +1,292 @@
+"""Bringing a model up: recover it from its newest good checkpoint, or initialise it, or wait until somebody has."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Generic, TypeVar
+
+from supervise_core.backend import Backend
+from supervise_core.checkpoint_files import CheckpointContent, read_checkpoint
+from supervise_core.checkpoint_store import CheckpointId, CheckpointReader, CheckpointStore
+from supervise_core.clock import Clock
+from supervise_core.coordinator import StopSignal
+from supervise_core.directory_store import open_checkpoint_directory
+from supervise_core.errors import (
+    AllCheckpointsDamagedError,
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    NotReadyError,
+    ReadinessTimeoutError,
+    SessionStateError,
+)
+from supervise_core.operations import Operations
+from supervise_core.readiness import NotReady, Readiness, Ready
+
+_log = logging.getLogger(__name__)
+
+SessionT = TypeVar("SessionT")
+
+Resume = str | os.PathLike[str]
+"""``"auto"``, ``"must"``, ``"never"``, or a checkpoint: its path, or one that ``CheckpointDirectory`` gave."""
+
+_FIRST_POLL: Final = 0.01
+_LONGEST_POLL: Final = 1.0
+_SAY_EVERY: Final = 10.0
+
+
+@dataclass(slots=True)
+class Recovery:
+    """What was done to bring a model up, in order."""
+
+    ran: list[str] = field(default_factory=list[str])
+    restored: str | None = None
+    content: CheckpointContent | None = None
+    set_aside: dict[str, str] = field(default_factory=dict[str, str])
+
+    def __str__(self) -> str:
+        skipped = [name for name in ("init", "init_fn") if name not in self.ran]
+        if self.restored is not None and self.content is not None:
+            damaged = f" (set aside as damaged: {', '.join(self.set_aside)})" if self.set_aside else ""
+            return f"restored step {self.content.manifest.step} from {self.restored}{damaged}; not run: {', '.join(skipped)}"
+        ran = [name for name in self.ran if name in ("init", "init_fn")]
+        return f"nothing was restored; run: {', '.join(ran) or 'no initialisation'}"
+
+
+class SessionManager(Generic[SessionT]):
+    """Makes sessions whose model is ready. Usable on its own::
+
+    with store.writing():
+        session = SessionManager(backend, store=store).prepare_session()
+    """
+
+    def __init__(
+        self,
+        backend: Backend[SessionT],
+        operations: Operations[SessionT] | None = None,
+        store: CheckpointStore | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._backend = backend
+        self._operations = operations or Operations.of(backend)
+        self._store = store
+        self._stop = StopSignal(clock)
+        self.recovery = Recovery()
+        """What the last call did."""
+
+    def prepare_session(self, master: str = "", config: object = None, *, resume: Resume = "auto") -> SessionT:
+        """A session with a model that is ready: restored, or else initialised (``init``, then ``init_fn``).
+
+        Then ``ready_for_local_init`` is asked, ``local_init`` run, and ``ready`` asked.
+
+        :raises NotReadyError: if it is not ready after all that; says what is missing, by name.
+        :raises CheckpointError: if it cannot be restored and must not be begun anew.
+        :raises OSError: as the storage fails.
+        """
+        self.recovery = Recovery()
+        with ExitStack() as on_failure:
+            session = self._create(master, config, on_failure)
+            if not self._recover(session, resume):
+                self._initialise(session)
+            self._run_local_init(session)
+            if isinstance(answer := self._readiness(session), NotReady):
+                raise NotReadyError(f"the model is not ready: {answer.reason}. Done so far: {self.recovery}.")
+            on_failure.pop_all()
+            return session
+
+    def recover_session(self, master: str = "", config: object = None) -> tuple[SessionT, bool]:
+        """A session, and whether its model was restored and is ready. Nothing is initialised but locally.
+
+        :raises CheckpointError: if there are checkpoints, and none can be restored.
+        """
+        self.recovery = Recovery()
+        with ExitStack() as on_failure:
+            session = self._create(master, config, on_failure)
+            restored = self._recover(session, "auto")
+            ready = isinstance(self._try_local_init(session), Ready) and restored
+            if ready and isinstance(answer := self._readiness(session), NotReady):
+                _log.info("restored, but not ready: %s", answer.reason)
+                ready = False
+            on_failure.pop_all()
+            return session, ready
+
+    def wait_for_session(
+        self,
+        master: str = "",
+        config: object = None,
+        max_wait_secs: float = 7200.0,
+        stop: StopSignal | None = None,
+    ) -> SessionT:
+        """A session whose model somebody else makes ready; asked at first every 10 ms, later every second.
+
+        :raises ReadinessTimeoutError: when ``max_wait_secs`` have passed; says what is missing.
+        :raises SessionStateError: when a stop is requested meanwhile.
+        """
+        self.recovery = Recovery()
+        signal = stop or self._stop
+        with ExitStack() as on_failure:
+            session = self._create(master, config, on_failure)
+            began = said = signal.clock.monotonic()
+            poll = _FIRST_POLL
+            while isinstance(answer := self._adopt(session), NotReady):
+                now = signal.clock.monotonic()
+                left = began + max_wait_secs - now
+                if left <= 0:
+                    raise ReadinessTimeoutError(f"the model is not ready after {max_wait_secs:g} s: {answer.reason}")
+                if now - said >= _SAY_EVERY:
+                    said = now
+                    _log.info("waiting for the chief, for %.0f more seconds at most: %s", left, answer.reason)
+                if signal.wait_for_stop(min(poll, left)):
+                    raise SessionStateError(f"stopped while waiting for a ready model: {answer.reason}")
+                poll = min(poll * 1.5, _LONGEST_POLL)
+            on_failure.pop_all()
+            return session
+
+    # ---- steps
+
+    def _create(self, master: str, config: object, on_failure: ExitStack) -> SessionT:
+        session = self._backend.create_session(master, config)
+        on_failure.callback(self._backend.close_session, session)
+        return session
+
+    def _initialise(self, session: SessionT) -> None:
+        operations = self._operations
+        if operations.init is None and operations.init_fn is None and operations.local_init is None:
+            raise NotReadyError(
+                "no checkpoint was restored, and init, init_fn and local_init are all None, so nothing can make the "
+                "model ready; pass init= or init_fn="
+            )
+        if operations.init is not None:
+            operations.init(session)
+            self.recovery.ran.append("init")
+        if operations.init_fn is not None:
+            operations.init_fn(session)
+            self.recovery.ran.append("init_fn")
+
+    def _run_local_init(self, session: SessionT) -> None:
+        if isinstance(answer := self._try_local_init(session), NotReady):
+            raise NotReadyError(
+                f"the model is not ready for local_init: {answer.reason}. Done so far: {self.recovery}."
+            )
+
+    def _try_local_init(self, session: SessionT) -> Readiness:
+        operations = self._operations
+        if operations.local_init is None:
+            return Ready()
+        if operations.ready_for_local_init is not None:
+            answer = operations.ready_for_local_init(session)
+            self.recovery.ran.append("ready_for_local_init")
+            if isinstance(answer, NotReady):
+                return answer
+        operations.local_init(session)
+        self.recovery.ran.append("local_init")
+        return Ready()
+
+    def _readiness(self, session: SessionT) -> Readiness:
+        if self._operations.ready is None:
+            return Ready()
+        answer = self._operations.ready(session)
+        self.recovery.ran.append("ready")
+        return answer
+
+    def _adopt(self, session: SessionT) -> Readiness:
+        self.recovery = Recovery()
+        answer = self._try_local_init(session)
+        return answer if isinstance(answer, NotReady) else self._readiness(session)
+
+    # ---- recovery
+
+    def _recover(self, session: SessionT, resume: Resume) -> bool:
+        load = self._operations.load
+        content = None if load is None else self._content_to_restore(resume)
+        if load is None or content is None:
+            if resume == "must":
+                raise CheckpointNotFoundError(self._nothing_to_resume())
+            return False
+        load(session, content.parts)
+        self.recovery.content = content
+        return True
+
+    def _nothing_to_resume(self) -> str:
+        where = "the Supervisor has no logdir" if self._store is None else f"there is none in {self._store.location}"
+        return f"resume='must' needs a checkpoint, and {where}. Begin with resume='auto', or name the right logdir."
+
+    def _content_to_restore(self, resume: Resume) -> CheckpointContent | None:
+        if resume not in ("auto", "must", "never"):
+            return self._chosen(Path(resume))
+        store = self._store
+        if store is None:
+            return None
+        if resume == "never":
+            self._retire(store, store.checkpoints(), "resume='never'")
+            store.retire_damaged()
+            return None
+        content = self._newest_good(store)
+        if content is None and (damaged := store.damaged()):
+            raise AllCheckpointsDamagedError(store.location, damaged)
+        return content
+
+    def _newest_good(self, store: CheckpointStore) -> CheckpointContent | None:
+        """The newest that was taken at a step boundary; or else, if there is none, the newest of the others."""
+        second_best: tuple[str, CheckpointContent] | None = None
+        for checkpoint in reversed(store.checkpoints()):
+            name = store.name_of(checkpoint)
+            try:
+                with store.open(checkpoint) as reader:
+                    content = read_checkpoint(reader)
+            except CheckpointDamagedError as error:
+                _log.warning("%s in %s is damaged and set aside: %s", name, store.location, error.reason)
+                store.set_aside(checkpoint, error.reason)
+                self.recovery.set_aside[name] = error.reason
+                continue
+            if content.manifest.consistent:
+                self.recovery.restored = name
+                return content
+            second_best = second_best or (name, content)
+        if second_best is None:
+            return None
+        self.recovery.restored = second_best[0]
+        return second_best[1]
+
+    def _chosen(self, path: Path) -> CheckpointContent | None:
+        """The checkpoint that the user named. One of this log directory is gone back to; one of another is a beginning,
+        from which the directory's own newest checkpoint leads on when the program is started again."""
+        store = self._store
+        own = None if store is None else self._own(store, path)
+        if store is not None and own is None and store.checkpoints():
+            _log.info("%s has checkpoints of its own; going on from there and not from %s", store.location, path)
+            return self._content_to_restore("auto")
+        with self._open_chosen(path) as reader:
+            content = read_checkpoint(reader)
+        if store is not None and own is not None:
+            newer = [checkpoint for checkpoint in store.checkpoints() if checkpoint > own]
+            self._retire(store, newer, f"resume={path.name}")
+        self.recovery.restored = str(path)
+        return content
+
+    def _open_chosen(self, path: Path) -> CheckpointReader:
+        try:
+            return open_checkpoint_directory(path)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"there is no checkpoint {path}; resume= takes 'auto', 'must', 'never' or the path of a checkpoint"
+            ) from error
+
+    def _own(self, store: CheckpointStore, path: Path) -> CheckpointId | None:
+        if path.resolve().parent != Path(store.location).resolve():
+            return None
+        return next((checkpoint for checkpoint in store.checkpoints() if store.name_of(checkpoint) == path.name), None)
+
+    def _retire(self, store: CheckpointStore, checkpoints: list[CheckpointId], why: str) -> None:
+        for checkpoint in checkpoints:
+            store.retire(checkpoint)
+        if checkpoints:
+            _log.warning(
+                "%s: moved %d checkpoint(s) of %s out of the way, into its folder 'retired'; delete them when you like",
+                why,
+                len(checkpoints),
+                store.location,
+            )

@@ -1,0 +1,101 @@
+"""SIGTERM and SIGINT as requests to stop, and as an end at once when somebody insists.
+
+A handler runs between two bytecodes of the main thread, whatever locks that thread holds. So it takes none: it hands
+the signal to a thread through a queue whose ``put`` is reentrant, and that thread asks for the stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+from types import FrameType
+from typing import Any, Final
+
+from supervise_core.coordinator import Coordinator
+
+_log = logging.getLogger(__name__)
+
+_ONE_REQUEST: Final = 2.0
+"""Launchers send several signals; those within so many seconds of the first are one request."""
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """The handlers of one session."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._requests: queue.SimpleQueue[signal.Signals | None] = queue.SimpleQueue()
+        self._before: dict[signal.Signals, Any] = {}
+        self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+        self._first_at = 0.0
+        self._count = 0
+        self.first: signal.Signals | None = None
+        """The signal that asked for the stop; None while none did."""
+        self.insisted = False
+        """Whether an end at once was asked for."""
+        self.saving = False
+        """Set while the final save is in flight: a further SIGTERM is then the same request."""
+
+    def install(self) -> None:
+        """Take the signals over, if this is the main thread. One that is being ignored stays ignored."""
+        if threading.current_thread() is not threading.main_thread():
+            _log.info("the session is not in the main thread, so SIGTERM and SIGINT keep their present meaning")
+            return
+        self._thread = threading.Thread(target=self._forward, name="supervise-core signals", daemon=True)
+        self._thread.start()
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._before[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before; safe to call twice."""
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+        if self._thread is not None:
+            self._requests.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def end_process_as_signalled(self) -> None:
+        """Raise what the signal would have ended the process with, had it not been for the final save.
+
+        :raises SystemExit: 143 after SIGTERM. :raises KeyboardInterrupt: after SIGINT.
+        """
+        if self.first is not None:
+            raise _exception_of(self.first)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a forked child; its own end is its parent's affair
+        received = signal.Signals(number)
+        now = self._coordinator.clock.monotonic()
+        if self.first is None:
+            self.first, self._first_at, self._count = received, now, 1
+            self._requests.put(received)
+            return
+        if now - self._first_at < _ONE_REQUEST or (self.saving and received is signal.SIGTERM):
+            return
+        self._count += 1
+        if received is signal.SIGINT or self._count >= 3:
+            self.insisted = True
+            raise _exception_of(received)
+
+    def _forward(self) -> None:
+        while (received := self._requests.get()) is not None:
+            self._coordinator.request_stop(source=f"signal {received.name}")
+
+
+def exit_status_of(number: signal.Signals) -> int:
+    """What a process ends with that a signal ended: 128 and its number."""
+    return 128 + number
+
+
+def _exception_of(number: signal.Signals) -> BaseException:
+    return KeyboardInterrupt() if number is signal.SIGINT else SystemExit(exit_status_of(number))

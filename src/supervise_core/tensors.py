@@ -1,0 +1,98 @@
+"""Tensors as the core sees them: a name, a dtype, a shape and bytes. What they are in a framework is a codec's affair."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+from supervise_core.tagged_json import UNTOLD, Json, Untold
+
+BITS: Final[Mapping[str, int]] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits per element of the safetensors dtypes that we write: those that every reader of the format knows."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """How one tensor lies in a file: its name there, a safetensors dtype, and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a codec says of one tensor: how its bytes are stored, and, where that does not say it all, what it really is.
+
+    ``extra`` (JSON) goes into ``state.json``: the dtype and shape of a tensor that safetensors has no dtype for, its
+    memory layout, and the like.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
+
+
+@dataclass(frozen=True, slots=True)
+class TensorData:
+    """One tensor read from a checkpoint: row-major bytes, and the codec's ``extra``."""
+
+    spec: TensorSpec
+    data: memoryview
+    extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
+
+
+class TensorCodec(ABC, Generic[T]):
+    """How one framework's tensors become bytes and come back equal in value, dtype and shape."""
+
+    @abstractmethod
+    def recognises(self, value: Any) -> bool:
+        """Whether the value is a tensor of this framework. Asked at every node of the state, so it must be quick."""
+
+    @abstractmethod
+    def describe(self, value: T) -> Stored:
+        """How the tensor is stored.
+
+        :raises TypeError: if it cannot be (object, sparse, quantized …); the message says why.
+        """
+
+    @abstractmethod
+    def copy_out(self, pairs: Sequence[tuple[T, memoryview]]) -> Callable[[], None] | None:
+        """Copy tensors into memory of exactly their size, as row-major bytes.
+
+        What is copied is the value of this moment, whatever the program does next. A copy that ends later (on a GPU's
+        copy stream) gives a function that waits for its end.
+        """
+
+    @abstractmethod
+    def read(self, stored: TensorData) -> T:
+        """A new tensor that owns its memory.
+
+        :raises ValueError: if ``stored.extra`` was not made by ``describe``.
+        """
+
+    def identity(self, value: T) -> Hashable | None:
+        """Equal for tensors that are one and the same memory seen in the same way (tied weights); stored once."""
+        return None
+
+    def encode_constant(self, value: Any) -> Json | Untold:
+        """JSON for a value of the framework that is no tensor (a dtype, a device), or ``UNTOLD``."""
+        return UNTOLD
+
+    def decode_constant(self, tag: str, content: Json) -> Any | Untold:
+        """The inverse of ``encode_constant``."""
+        return UNTOLD
