@@ -51,6 +51,7 @@ class Appointment:
         self.approaching = False
         """Whether it is due at this boundary or the next one, so that values of this very step are wanted."""
         self.fired_by_time = False
+        """Whether it fired because time had passed, and not for this very step."""
         self._boundary = boundary
         self._trigger = trigger
         self._action = action
@@ -79,8 +80,8 @@ class Appointment:
         )
 
     def fire(self, step: int, now: float) -> None:
+        self.fired_by_time = not self._requested and (self.due.step is None or step < self.due.step)
         self._requested = self._warned = self.approaching = False
-        self.fired_by_time = self.due.step is None or step < self.due.step
         self._last = Firing(step, now)
         self.due = planned = self._next()
         self._action(step)

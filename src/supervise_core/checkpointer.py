@@ -117,11 +117,16 @@ class Checkpointer:
         pending = self._capture(step)
         check_state_size(pending.snapshot, pending.run_state)
 
-    def save(self, step: int) -> None:
-        """Take a snapshot and have it written; when one is being written, at the first boundary after that."""
-        if self.is_busy:
+    def save(self, step: int, *, wait: bool) -> None:
+        """Take a snapshot and have it written.
+
+        While another one is being written: ``wait`` for it, if this very step is wanted; or else take it at the first
+        boundary after that.
+        """
+        if self.is_busy and not wait:
             self._wanted = True
             return
+        self._await_idle()
         self._held = None
         self._submit(self._capture(step))
 

@@ -207,7 +207,7 @@ class Run(Generic[SessionT]):
             self._checkpoints = CheckpointService(self._checkpointer, plan.save_every)
             self._start(self._checkpoints)
             if content is None or self.report.restored not in self._own_checkpoints():
-                self._checkpointer.save(self.report.first_step)
+                self._checkpointer.save(self.report.first_step, wait=True)
         return [thread for thread in threading.enumerate() if thread not in before]
 
     def _own_checkpoints(self) -> list[str]:

@@ -35,7 +35,8 @@ class CheckpointService(Service):
     def _save(self, context: ServiceContext) -> Callable[[int], None]:
         def save(step: int) -> None:
             if not context.stop_signal.should_stop():  # then the final save is taken instead
-                self._checkpointer.save(step)
+                put_off = self.appointment is not None and self.appointment.fired_by_time
+                self._checkpointer.save(step, wait=not put_off)
 
         return save
 
