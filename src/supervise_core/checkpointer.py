@@ -126,7 +126,10 @@ class Checkpointer:
         if self.is_busy and not wait:
             self._wanted = True
             return
+        failures = self._failures
         self._await_idle()
+        if self._failures > failures:
+            return  # the one waited for failed; the next try has its time already
         self._held = None
         self._submit(self._capture(step))
 
