@@ -55,7 +55,7 @@ class Backend(ABC, Generic[SessionT]):
 
     @abstractmethod
     def snapshot(self, session: SessionT, staging: Staging) -> Snapshot:
-        """The whole training state of this moment: ``staging.put(part, tree)`` for each part, and ``staging.snapshot()``.
+        """The training state of this moment: ``staging.put(part, tree)`` for each part, and ``staging.snapshot()``.
 
         :raises UnsupportedStateError: for a value that no checkpoint can keep.
         """
@@ -97,7 +97,7 @@ class Backend(ABC, Generic[SessionT]):
         return None
 
     def mark(self, session: SessionT) -> object:
-        """Something cheap that differs (by ``==``) once the state changed without a step: a forward pass, a random draw.
+        """Something cheap that differs (by ``==``) once the state changed without a step: by a forward pass, a draw.
 
         Tells an item that nothing was done with from one in the middle of an accumulation. Asked for every item.
         """

@@ -1,4 +1,4 @@
-"""A snapshot as the files of a checkpoint, and back: what goes into which file, and what is distrusted on the way back."""
+"""A snapshot as the files of a checkpoint, and back: what goes into which file, and what is distrusted when read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHUNK: Final = 16 << 20
 
 
 def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json) -> dict[str, FileRecord]:
-    """Write the files of a snapshot into a draft: each part's tensors, and all that is no tensor. Their sizes and hashes.
+    """Write the files of a snapshot into a draft: each part's tensors, and all else. Their sizes and hashes.
 
     ``run_state`` is what the core itself keeps (data positions and the like), as tagged JSON.
     """

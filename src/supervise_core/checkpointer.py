@@ -159,7 +159,7 @@ class Checkpointer:
         return held is not None
 
     def finish(self) -> BaseException | None:
-        """Wait until all that was submitted is written, and end the writer. The error of the final save, if it failed."""
+        """Wait until what was submitted is written, and end the writer. The error of the final save, if it failed."""
         self._await_idle()
         thread, self._thread = self._thread, None
         if thread is not None:

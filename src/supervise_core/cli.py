@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="supervise-core", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     backends = commands.add_parser("backends", help="list the backends, and what to type for those that lack something")
-    backends.set_defaults(run=lambda options: _backends())
+    backends.set_defaults(run=lambda _: _backends())
     checkpoints = commands.add_parser("checkpoints", help="list the checkpoints of a log directory")
     checkpoints.add_argument("logdir")
     checkpoints.add_argument("--basename", default="model.ckpt")
@@ -32,9 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _backends() -> int:
     for entry in list_backends():
         target = "" if entry.info is None else entry.info.target.replace(":", ".")
-        print(
-            f"{entry.name:12} {'usable' if entry.usable else 'not usable':12} {target or '-':32} from {entry.distribution}"
-        )
+        state = "usable" if entry.usable else "not usable"
+        print(f"{entry.name:12} {state:12} {target or '-':32} from {entry.distribution}")
         if entry.problem:
             print(f"{'':12} {entry.problem}")
     return 0

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StopCause:
-    """Why a run stops: who asked (``training block``, ``service checkpoints``, ``signal SIGTERM`` …), and the error if any."""
+    """Why a run stops: who asked (``training block``, ``signal SIGTERM`` …), and the error if any."""
 
     source: str
     error: BaseException | None = None
@@ -110,7 +110,7 @@ class Coordinator(StopSignal):
         return True
 
     def on_stop(self, listener: Callable[[StopCause], None]) -> None:
-        """Call the listener once, with the cause, in the thread that requests the stop; at once if that has happened."""
+        """Call the listener once, with the cause, in the thread that requests the stop; at once if one has."""
         with self._lock:
             cause = self._cause
             if cause is None:
@@ -126,7 +126,7 @@ class Coordinator(StopSignal):
 
     @contextmanager
     def stop_on_exception(self, source: str | None = None) -> Generator[None, None, None]:
-        """Report any exception of the block as the error of ``source`` and end the block; the error comes out of ``join``."""
+        """Report any exception of the block as the error of ``source`` and end the block; ``join`` raises it."""
         try:
             yield
         except BaseException as error:
@@ -152,7 +152,7 @@ class Coordinator(StopSignal):
             raise StragglersError(grace, {thread.name: stack_of(thread) for thread in stragglers})
 
     def join_threads(self, threads: Iterable[threading.Thread] = (), grace: float = 120.0) -> list[threading.Thread]:
-        """Wait as ``join`` does, and raise nothing: the threads that are left. Threads that register meanwhile count."""
+        """Wait as ``join`` does, and raise nothing: the threads that are left. Those registered meanwhile count."""
         given = list(threads)
         while not self._stopped.is_set() and (alive := self._alive(given)):
             self.clock.join(alive[0], 0.05)

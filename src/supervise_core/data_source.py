@@ -44,7 +44,7 @@ class BatchSource(ABC):
         return None
 
     def ends_with(self, error: BaseException) -> bool:
-        """Whether an error of ``draw``, once a stop was requested, only says that the data's workers were stopped too."""
+        """Whether an error of ``draw``, after a stop was requested, only says that the data's workers stopped too."""
         return False
 
     def close(self) -> None:

@@ -119,7 +119,7 @@ class DirectoryStore(CheckpointStore):
     # ---- inside
 
     def _change(self, act: object, *paths: Path) -> None:
-        """One call that makes a change from or into the lease directory; that it is gone means that we were replaced."""
+        """One call that makes a change from or into the lease directory; if that is gone, we were replaced."""
         assert callable(act)
         try:
             act(*paths)

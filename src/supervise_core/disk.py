@@ -1,4 +1,4 @@
-"""The only file that changes a file system: every create, write, fsync, rename and removal of the core is a method here.
+"""The only file that changes a file system: each create, write, fsync, rename and removal of the core is a method here.
 
 Each method is one call to the operating system, so that a test can crash before any one of them, fail it, or forget
 what was never fsynced.
@@ -80,7 +80,7 @@ class Disk:
             return False
 
     def open_directory(self, path: Path) -> OpenDirectory:
-        """Hold a directory and the files in it open, so that what was there when it was opened can be read to the end."""
+        """Hold a directory and the files in it open, so that what is there now can be read to the end."""
         return OpenDirectory(path)
 
     def read(self, directory: OpenDirectory, name: str) -> bytearray:

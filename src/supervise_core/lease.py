@@ -1,12 +1,12 @@
 """One writer for a log directory, fenced by a rename.
 
-A lease is a directory ``.work/lease-<token>`` that holds a record of its owner. It appears, with the record in it, by one
+A lease is a directory ``.work/lease-<token>`` that holds a record of its owner. It appears, record and all, by one
 rename; it is taken away from a dead owner by one rename; and every change that a writer makes to the log directory is
 a rename into or out of its own lease directory. So the change of a writer that was frozen, replaced, and woke up again
 fails: the directory that it names is not there. Tokens are random and never used twice.
 
 Two that come at the same moment both appear and then look around; each sees the other, unless one looked before the
-other appeared. Whoever sees another withdraws, except the one with the smallest token, who waits for the others to do so.
+other appeared. Whoever sees another withdraws, except the one with the smallest token, who waits for them to do so.
 
 Whether an owner lives is known at once on its own machine (boot, process namespace, pid, start time of the process).
 From another machine it is known by its beat: the owner writes a counter every few seconds, and it counts as dead when

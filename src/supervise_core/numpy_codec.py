@@ -1,4 +1,4 @@
-"""NumPy arrays in checkpoints; the codec of every backend that does not bring its own. Imports NumPy when it is used."""
+"""NumPy arrays in checkpoints; the codec of every backend that does not bring its own. Imports NumPy when used."""
 
 from __future__ import annotations
 
@@ -100,8 +100,9 @@ def _dtype_from_json(described: Json) -> np.dtype[Any]:
             raise ValueError(
                 f"NumPy has no dtype {described.removeprefix(_EXTENDED)}; type: pip install ml_dtypes"
             ) from None
-        return numpy.dtype(getattr(ml_dtypes, described.removeprefix(_EXTENDED)))
-    dtype = numpy.lib.format.descr_to_dtype(_tupled(described))
+        extended: np.dtype[Any] = numpy.dtype(getattr(ml_dtypes, described.removeprefix(_EXTENDED)))
+        return extended
+    dtype: np.dtype[Any] = numpy.lib.format.descr_to_dtype(_tupled(described))
     if dtype.hasobject:
         raise ValueError(f"{described!r} is not a dtype of plain data")
     return dtype

@@ -51,7 +51,7 @@ class CheckpointDirectory:
         return self._store.damaged()
 
     def _open(self, step: int | None) -> SavedCheckpoint:
-        """A writer may remove a checkpoint between our listing it and our opening it; then the listing is looked at anew."""
+        """A writer may remove a checkpoint between our listing it and our opening it; then we list again."""
         while True:
             there = self._store.checkpoints()
             wanted = [checkpoint for checkpoint in there if step is None or checkpoint.step == step]

@@ -73,7 +73,7 @@ class KeepEverySteps(Retention):
 
 @dataclass(frozen=True, slots=True)
 class KeepEverySeconds(Retention):
-    """Keeps the oldest one, and from there each that is at least ``seconds`` of wall time younger than the last kept."""
+    """Keeps the oldest one, and from there each that is ``seconds`` of wall time or more younger than the last kept."""
 
     seconds: float
 

@@ -51,7 +51,8 @@ class Recovery:
         skipped = [name for name in ("init", "init_fn") if name not in self.ran]
         if self.restored is not None and self.content is not None:
             damaged = f" (set aside as damaged: {', '.join(self.set_aside)})" if self.set_aside else ""
-            return f"restored step {self.content.manifest.step} from {self.restored}{damaged}; not run: {', '.join(skipped)}"
+            step = self.content.manifest.step
+            return f"restored step {step} from {self.restored}{damaged}; not run: {', '.join(skipped)}"
         ran = [name for name in self.ran if name in ("init", "init_fn")]
         return f"nothing was restored; run: {', '.join(ran) or 'no initialisation'}"
 

@@ -69,7 +69,7 @@ def read_value(value: Any) -> Any:
             return Text(value)
         case _:
             try:
-                return float(value)
+                return float(value.detach() if hasattr(value, "detach") else value)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"{value!r} is no summary: use a number, a string, Histogram(...), Image(...) or Text(...)"
@@ -128,7 +128,7 @@ class EventLog:
         self.add_summary(message, step)
 
     def add_session_log(self, status: SessionStatus, step: int, checkpoint_path: str = "", message: str = "") -> None:
-        """Append a START (which makes readers drop what an earlier file has of this step and later), STOP or CHECKPOINT."""
+        """Append a START (readers drop what an earlier file has of this step and later), STOP or CHECKPOINT."""
         from tensorboardX.proto.event_pb2 import SessionLog
 
         log = SessionLog(status=SessionLog.SessionStatus.Value(status), checkpoint_path=checkpoint_path, msg=message)

@@ -236,7 +236,7 @@ class Supervisor(Generic[SessionT]):
         return self._open_run("epochs").loop.epochs(count, name)
 
     def batches(self, data: Any, name: str = "batches") -> Iterator[Any]:
-        """The items of ``data`` that are left of this pass; a resumed run goes on with the very next one. Ends on a stop.
+        """The items of ``data`` that are left of this pass; a resumed run goes on with the next one. Ends on a stop.
 
         ``data`` may be a PyTorch ``DataLoader`` (with ``TorchBackend``), anything with ``state_dict`` and
         ``load_state_dict``, or any iterable, which is replayed up to its position. Two open at once need names.
@@ -268,7 +268,7 @@ class Supervisor(Generic[SessionT]):
     def summary_computed(
         self, session: SessionT, summary: Mapping[str, Any] | bytes | Any, global_step: int | None = None
     ) -> None:
-        """Write a summary now: a mapping of values, or a ``Summary`` message (or its bytes). Step None: the present one.
+        """Write a summary now: a mapping of values, or a ``Summary`` message or its bytes. Step None: the present one.
 
         :raises SessionStateError: if this Supervisor writes no summaries.
         :raises TypeError: if it is no summary.

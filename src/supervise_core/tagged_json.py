@@ -1,7 +1,7 @@
 """JSON that gives back what it was given, equal in value and in type.
 
 Plain JSON turns tuples into lists, integer keys into strings and NaN into something no parser must accept. Here what
-JSON lacks is an object with a single key that begins with ``$``; a dictionary that JSON would change is a list of pairs.
+JSON lacks is an object with a single key that begins with ``$``; a dictionary that JSON would change: a list of pairs.
 What cannot come back equal is refused with its path, so that a run learns it when it starts and not when it resumes.
 """
 

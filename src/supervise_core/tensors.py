@@ -1,4 +1,4 @@
-"""Tensors as the core sees them: a name, a dtype, a shape and bytes. What they are in a framework is a codec's affair."""
+"""Tensors as the core sees them: name, dtype, shape and bytes. What they are in a framework is a codec's affair."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a codec says of one tensor: how its bytes are stored, and, where that does not say it all, what it really is.
+    """What a codec says of one tensor: how its bytes are stored, and, where that is not all, what it really is.
 
     ``extra`` (JSON) goes into ``state.json``: the dtype and shape of a tensor that safetensors has no dtype for, its
     memory layout, and the like.

@@ -1,4 +1,4 @@
-"""The backend for eager TensorFlow and Keras: whatever has variables is a part, and optimizer iterations are the step."""
+"""The backend for eager TensorFlow and Keras: what has variables is a part, and optimizer iterations are the step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class EagerBackend(Backend[EagerSession]):
             if name == _OWN_PART:
                 raise ValueError(f"the part name {name!r} is taken by the backend itself; choose another one")
             if not (_has_variables(part) or is_stateful(part)):
-                raise TypeError(f"{name}= has neither variables nor a state_dict; a {type(part).__name__} cannot be saved")
+                kind = type(part).__name__
+                raise TypeError(f"{name}= has neither variables nor a state_dict; a {kind} cannot be saved")
         self._parts = parts
         self._global_step = global_step
 
@@ -71,7 +72,7 @@ class EagerBackend(Backend[EagerSession]):
         return EagerSession(self._parts, self)
 
     def init(self, session: EagerSession) -> None:
-        """Build optimizers that have no variables yet, for the models' trainable variables; Keras initialises the rest."""
+        """Build optimizers that have no variables yet, for the models' trainable variables; Keras does the rest."""
         self._build_optimizers()
 
     def ready(self, session: EagerSession) -> Readiness:
@@ -99,7 +100,7 @@ class EagerBackend(Backend[EagerSession]):
         self._build_optimizers()
         wanted = {*self._parts, _OWN_PART}
         if wanted != set(parts):
-            part = sorted(wanted ^ set(parts))[0]
+            part = min(wanted ^ set(parts))
             where = "in the checkpoint" if part in wanted else "in the program"
             raise IncompatibleCheckpointError(part, [f"it is missing {where}"])
         saved = {name: part.tree() for name, part in parts.items()}

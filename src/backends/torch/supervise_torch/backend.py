@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from supervise_core.backend import Backend
@@ -55,7 +55,7 @@ class TorchBackend(Backend[TorchSession]):
 
         TorchBackend(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
 
-    A part is anything with ``state_dict`` and ``load_state_dict``, or a ``torch.Generator``; its keyword names its file.
+    A part is anything with ``state_dict`` and ``load_state_dict``, or a ``torch.Generator``; its keyword is its name.
     The global step is the number of steps that the first optimizer made, steps skipped by a gradient scaler not
     counted. ``global_step=`` decides otherwise: the name of another optimizer, or a function of no arguments.
     Random states of Python, NumPy, PyTorch and every CUDA device belong to the state.
@@ -162,6 +162,8 @@ class TorchBackend(Backend[TorchSession]):
                     for child in part.modules():
                         _materialise(child, self._device)
                 _load_into(part, saved[name])
+                if isinstance(part, torch.optim.Optimizer) and own["global_step"]:
+                    part._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns that it goes first
         session.steps = own["global_step"]
         self.set_random_state(session, own["random"])
 
@@ -201,7 +203,7 @@ def _counting_optimizer(parts: Mapping[str, Any], name: str | None) -> torch.opt
 
 
 def _count_step(session: TorchSession) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
-    def count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def count(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips inside its kernel
         if skipped is None or not skipped.item():
             session.steps += 1
@@ -212,7 +214,7 @@ def _count_step(session: TorchSession) -> Callable[[torch.optim.Optimizer, Any, 
 
 
 def _count_forward(session: TorchSession) -> Callable[[torch.nn.Module, Any], None]:
-    def count(module: torch.nn.Module, args: Any) -> None:
+    def count(module: torch.nn.Module, _args: Any) -> None:
         if module.training:
             session.forwards += 1
 
@@ -241,7 +243,7 @@ def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 def _lacks_values(tensor: torch.Tensor) -> str:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         return "a lazy parameter; run the model once, in init_fn="
     return "on the meta device; give it values in init_fn=" if tensor.is_meta else ""
 
@@ -249,7 +251,7 @@ def _lacks_values(tensor: torch.Tensor) -> str:
 def _materialise(module: torch.nn.Module, device: torch.device) -> None:
     """Put what is on the meta device on a real one, in place: an optimizer and tied modules go on holding it."""
     for tensor in _own_tensors(module):
-        if tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin):
+        if tensor.is_meta and not is_lazy(tensor):
             real = torch.empty_like(tensor, device=device)
             if isinstance(tensor, torch.nn.Parameter):
                 real = torch.nn.Parameter(real, tensor.requires_grad)

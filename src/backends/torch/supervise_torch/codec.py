@@ -21,7 +21,7 @@ _PLAIN_TYPES: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class TorchCodec(TensorCodec[torch.Tensor]):
-    """Dense tensors. Strides are kept where they are a permutation of the dimensions (``channels_last``, transposed)."""
+    """Dense tensors. Strides that only permute the dimensions (``channels_last``, transposed) are kept."""
 
     def __init__(self) -> None:
         self._pinned: dict[int, torch.Tensor] = {}
@@ -55,7 +55,12 @@ class TorchCodec(TensorCodec[torch.Tensor]):
             waits = [self._copy_from_device(device, items) for device, items in on_cuda.items()]
         if not waits:
             return None
-        return lambda: [wait() for wait in waits].clear()
+
+        def wait_for_all() -> None:
+            for wait in waits:
+                wait()
+
+        return wait_for_all
 
     def read(self, stored: TensorData) -> torch.Tensor:
         dtype, shape = self.dtype_and_shape(stored)
@@ -108,7 +113,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
     def _copy_from_device(
         self, device: torch.device, items: list[tuple[torch.Tensor, memoryview]]
     ) -> Callable[[], None]:
-        """Copy on a stream of its own into pinned memory that is kept; the program's stream waits for it, the CPU not."""
+        """Copy on a stream of its own into pinned memory that is kept; the program's stream waits, the CPU does not."""
         current = torch.cuda.current_stream(device)
         side = self._streams.setdefault(device, torch.cuda.Stream(device))
         side.wait_stream(current)
@@ -140,7 +145,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
 
 def _check_dense(value: torch.Tensor) -> None:
     """:raises TypeError: if the tensor is not plain dense data; says what it is."""
-    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(value):
         raise TypeError("it is a lazy parameter that has no shape yet; run the model once, in init_fn=, say")
     if type(value) not in _PLAIN_TYPES:
         raise TypeError(f"tensors of type {type(value).__name__} are not plain; save what they are made of")
@@ -159,7 +164,8 @@ def _check_dense(value: torch.Tensor) -> None:
 def _is_permuted(value: torch.Tensor) -> bool:
     """Whether the elements fill their memory without gap or overlap, in some order of the dimensions."""
     expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(value.stride(), value.shape) if size > 1):
+    sides = zip(value.stride(), value.shape, strict=True)
+    for stride, size in sorted((stride, size) for stride, size in sides if size > 1):
         if stride != expected:
             return False
         expected *= size

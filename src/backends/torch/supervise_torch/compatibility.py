@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from supervise_core.errors import IncompatibleCheckpointError
 from supervise_core.snapshot import Parts
@@ -30,7 +30,7 @@ def check_module(part: str, module: torch.nn.Module, saved: Mapping[str, Any]) -
     differences += [f"{name!r} is unexpected" for name in saved if name not in here]
     for name in (name for name in here if name in saved):
         mine, theirs = here[name], saved[name]
-        if isinstance(mine, UninitializedTensorMixin) or not isinstance(mine, torch.Tensor):
+        if is_lazy(mine) or not isinstance(mine, torch.Tensor):
             continue
         if not isinstance(theirs, torch.Tensor):
             differences.append(f"{name!r} is no tensor there")
@@ -53,7 +53,7 @@ def check_optimizer(part: str, optimizer: torch.optim.Optimizer, saved: Mapping[
     differences = [
         f"{name!r} of parameter {number} has shape {tuple(value.shape)}, and the parameter {tuple(parameter.shape)}"
         for number, parameter in zip(numbers, parameters, strict=True)
-        if not isinstance(parameter, UninitializedTensorMixin)
+        if not is_lazy(parameter)
         for name, value in saved["state"].get(number, {}).items()
         if name in ("exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq", "square_avg")
         and isinstance(value, torch.Tensor)

@@ -97,7 +97,7 @@ class LoaderSource(BatchSource):
 
 
 class _Order:
-    """What a pass over a dataset with indices asks for: ``(seed of the batch, its index or indices)``, one after another."""
+    """What a pass over a dataset with indices asks for, batch by batch: a seed, and an index or indices."""
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
         sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
@@ -203,8 +203,8 @@ class _Clone:
         self._loader: DataLoader[Any] = DataLoader(
             _SeededDataset(loader.dataset),
             batch_size=None,
-            sampler=self._requests,  # type: ignore[arg-type]  # an iterable of requests, which is all that it is asked
-            collate_fn=_SeededCollate(loader.collate_fn),
+            sampler=self._requests,
+            collate_fn=_SeededCollate(loader.collate_fn),  # type: ignore[arg-type]  # collates what the dataset fetched
             **options,
         )
 
@@ -264,7 +264,7 @@ class _WorkerInit:
 
 
 def _die_with_parent(parent: int) -> None:
-    """Ask the kernel to end this process when its parent ends; elsewhere PyTorch's own watchdog does, within seconds."""
+    """Ask the kernel to end this process with its parent; elsewhere PyTorch's own watchdog does, within seconds."""
     if sys.platform == "linux" and os.getppid() == parent:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
