@@ -24,7 +24,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
     """Dense tensors. Strides that only permute the dimensions (``channels_last``, transposed) are kept."""
 
     def __init__(self) -> None:
-        self._pinned: dict[int, torch.Tensor] = {}
+        self._pinned: dict[tuple[torch.device, int], torch.Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def recognises(self, value: Any) -> bool:
@@ -120,7 +120,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         copies: list[tuple[torch.Tensor, memoryview]] = []
         with torch.cuda.stream(side):
             for tensor, memory in items:
-                pinned = self._pinned_for(len(copies), tensor)
+                pinned = self._pinned_for((device, len(copies)), tensor)
                 pinned.copy_(tensor, non_blocking=True)
                 tensor.record_stream(side)
                 copies.append((pinned, memory))
@@ -135,11 +135,11 @@ class TorchCodec(TensorCodec[torch.Tensor]):
 
         return finish
 
-    def _pinned_for(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
-        kept = self._pinned.get(number)
+    def _pinned_for(self, place: tuple[torch.device, int], tensor: torch.Tensor) -> torch.Tensor:
+        kept = self._pinned.get(place)
         nbytes = tensor.numel() * tensor.element_size()
         if kept is None or kept.numel() < nbytes:
-            kept = self._pinned[number] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            kept = self._pinned[place] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return kept[:nbytes].view(tensor.dtype).reshape(tensor.shape)
 
 
