@@ -21,7 +21,7 @@ check: $(DEV)/installed ## style, types and floors, without tests
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
-	$(DEV)/bin/pyright
+	$(DEV)/bin/pyright --pythonpath $(DEV)/bin/python
 	$(DEV)/bin/lint-imports --no-logo --no-cache
 
 soak: $(DEV)/installed ## the campaigns (kills, flips, signals) at their full number; hours

@@ -19,10 +19,13 @@ from supervise_core.triggers import Trigger
 class Service(ABC):
     """Something that runs while a session is open. An error of a service stops the run, and is raised at its end."""
 
-    @property
-    def name(self) -> str:
-        """What messages and threads call it."""
-        return type(self).__name__
+    name: str
+    """What messages and threads call it; the name of the class unless that says otherwise."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
 
     @abstractmethod
     def start(self, context: ServiceContext) -> None:

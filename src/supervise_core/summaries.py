@@ -5,6 +5,9 @@ and two files opened within one second are one: each record is written at once, 
 that the disk takes only in part is cut off again, and waits in memory for the next try.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (protobuf makes the classes of its messages at run time)
+
 from __future__ import annotations
 
 import itertools

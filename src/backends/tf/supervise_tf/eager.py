@@ -82,7 +82,7 @@ class EagerBackend(Backend[EagerSession]):
         return NotReady(f"not built: {', '.join(unbuilt)}; call build(...) on it, or run it once, in init_fn=")
 
     def global_step(self, session: EagerSession) -> int | None:
-        counter = self._global_step
+        counter: Any = self._global_step
         if counter is None:
             iterations = (getattr(part, "iterations", None) for part in self._parts.values())
             counter = next((variable for variable in iterations if variable is not None), None)

@@ -14,6 +14,7 @@ from supervise_core.data_source import BatchSource, is_stateful
 from supervise_core.process_random import RandomState
 from supervise_core.readiness import NotReady, Readiness, Ready
 from supervise_core.snapshot import Parts, Snapshot, Staging, check_part_name
+from supervise_core.tensors import TensorCodec
 from supervise_torch.codec import TorchCodec
 from supervise_torch.compatibility import check_module, check_optimizer, check_parts
 from supervise_torch.loader import LoaderSource
@@ -62,7 +63,7 @@ class TorchBackend(Backend[TorchSession]):
     """
 
     name = "torch"
-    codec: ClassVar[TorchCodec] = TorchCodec()
+    codec: ClassVar[TensorCodec[Any]] = TorchCodec()
 
     def __init__(self, *, global_step: GlobalStep = None, device: torch.device | str = "cpu", **parts: Any) -> None:
         """
