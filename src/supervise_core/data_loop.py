@@ -1,7 +1,7 @@
 """Where the training loop stands in its data: ``sv.epochs`` and ``sv.batches``, and when a position may be saved.
 
 Rule 1. An item is *used* when the global step has moved since it was handed out; where nothing counts steps, when the
-        next one is asked for. A position is saved only while every item handed out is used, so it never holds half a step.
+        next one is asked for. A position is saved only while every item handed out is used: it never holds half a step.
 Rule 2. While a ``batches`` is open, the boundary is the ``next()`` of the outermost one. What is opened inside its body
         (a validation pass) is begun anew by the program after a resume, and so are its positions.
 Rule 3. From the end of a training pass until the epoch ends (or steps are made again) there is no boundary: the program
@@ -43,7 +43,7 @@ class Stream:
         self.finished = True
         self.step_at_draw: int | None = None
         self.mark_at_draw: object = None
-        self.largest_group = 0
+        self.largest_group: int = state.get("largest_group", 0)
 
     @property
     def trains(self) -> bool:
@@ -74,7 +74,17 @@ class Stream:
                 "finished": self.finished,
                 "state": None if self.finished else self.source.state(),
             }
-        return {"passes": self.passes, "in_epoch": self.in_epoch, "current": current}
+        return {
+            "passes": self.passes,
+            "in_epoch": self.in_epoch,
+            "largest_group": self.largest_group,
+            "current": current,
+        }
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a pass was begun that is neither exhausted nor left for good."""
+        return self.source is not None and not self.finished
 
     def end_of_epoch(self) -> None:
         self.in_epoch = self.seen = 0
@@ -105,6 +115,8 @@ class DataLoop:
         self.mark = mark
         self.exhausted: Callable[[], None] = lambda: None
         self.stopping: Callable[[], None] = lambda: None
+        self.is_over = False
+        """Set when the session ends: iterators that are forgotten later do nothing more."""
         self._source_of = source_of
         self._run_seed: int = state.get("run_seed", run_seed)
         self._epochs: dict[str, int] = dict(state.get("epochs", {}))
@@ -118,6 +130,7 @@ class DataLoop:
         self._closed_at: int | None = None
         self._closed_by: Stream | None = None
         self._rounds_begun = False
+        self._step_at_epoch: int | None = None
 
     # ---- what users iterate over
 
@@ -165,6 +178,17 @@ class DataLoop:
     def is_between_steps(self) -> bool:
         """Rule 3."""
         return self._closed_at is None or self.steps.now() != self._closed_at
+
+    def is_mid_epoch(self) -> bool:
+        """Whether a resumed run would repeat steps: they are made in an epoch whose items come from elsewhere."""
+        if self._step_at_epoch is None or any(stream.in_epoch for stream in self._streams.values()):
+            return False
+        return self.steps.now() != self._step_at_epoch
+
+    @property
+    def was_stopped_in_pass(self) -> bool:
+        """Whether a stop ended a pass: then what follows it in the program is not the end of an epoch."""
+        return self.coordinator.should_stop() and any(stream.is_unfinished for stream in self._streams.values())
 
     def is_round_boundary(self) -> bool:
         """Whether ``should_stop()`` is a boundary: no pass is open, and rule 3 allows it."""
@@ -260,6 +284,7 @@ class DataLoop:
 
     def begin_epoch(self, name: str, first: int) -> int:
         """The epoch to begin with: the saved one, once, or the first."""
+        self._step_at_epoch = self.steps.now()
         if name in self._resumed_epochs:
             self._resumed_epochs.discard(name)
             return self._epochs[name]
@@ -286,6 +311,11 @@ class DataLoop:
             stream.end_of_epoch()
         self._closed_at = None
         self._closed_by = None
+        self._step_at_epoch = self.steps.now()
+
+    def leave_epochs(self) -> None:
+        """The epochs are over; what follows them is no part of one."""
+        self._step_at_epoch = None
 
     def is_settled_for_stop(self) -> bool:
         return self._settled() and self.is_between_steps()
@@ -305,6 +335,9 @@ class Epochs(Iterator[int]):
         if self._ended:
             raise StopIteration
         loop = self._loop
+        if loop.was_stopped_in_pass:
+            self._ended = True
+            raise StopIteration
         if self._epoch is None:
             self._epoch = loop.begin_epoch(self._name, 0)
         else:
@@ -313,8 +346,11 @@ class Epochs(Iterator[int]):
         if loop.boundary.due:
             loop.reach()
         stopped = loop.coordinator.should_stop() and loop.is_settled_for_stop()
+        if stopped:
+            loop.stopping()  # the stop may have come after the boundary above
         if stopped or self._epoch >= self._count:
             self._ended = True
+            loop.leave_epochs()
             raise StopIteration
         return self._epoch
 
@@ -341,6 +377,7 @@ class Batches(Iterator[Any]):
         if loop.boundary.due and loop.is_outermost(self):
             loop.reach()
         if loop.coordinator.should_stop() and self._may_end():
+            loop.stopping()  # the stop may have come after the boundary above
             self.is_open = False
             raise StopIteration
         source = stream.source
@@ -378,7 +415,7 @@ class Batches(Iterator[Any]):
             self._loop.close_pass(self.stream)
 
     def __del__(self) -> None:
-        if self.is_open and not self._loop.coordinator.should_stop():
+        if self.is_open and not (self._loop.is_over or self._loop.coordinator.should_stop()):
             self.leave()
 
     def _begin(self) -> None:

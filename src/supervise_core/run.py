@@ -89,6 +89,7 @@ class Run(Generic[SessionT]):
         self._held_position: object = None
         self._home = ExitStack()
         self._closed = False
+        self._warned = False
 
     # ---- the road
 
@@ -133,7 +134,7 @@ class Run(Generic[SessionT]):
         position = saved.get("data")
         self.steps = StepCounter(lambda: backend.global_step(session), (position or {}).get("counted", 0))
         notify: list[Callable[[int], None]] = []
-        unwatch = backend.watch_steps(session, lambda step: notify[0](step))
+        unwatch = backend.watch_steps(session, lambda step: notify[0](step))  # noqa: PLW0108 - filled below
         if unwatch is not None:
             road.callback(unwatch)
         self.boundary = StepBoundary(self.coordinator, self.steps, unwatch is not None)
@@ -247,8 +248,10 @@ class Run(Generic[SessionT]):
             if self.loop.is_round_boundary():
                 self.loop.count_round()
                 self.loop.reach()
-            elif self.coordinator.should_stop():
+            stopped = self.coordinator.should_stop()
+            if stopped:  # and the answer sends the program out of its loop
                 self.hold_at_stop()
+            return stopped
         return self.coordinator.should_stop()
 
     def save(self) -> None:
@@ -274,6 +277,7 @@ class Run(Generic[SessionT]):
         plan = self.plan
         assert plan.operations.snapshot is not None
         position = self.loop.position_at_end()
+        self._warn_of_repetition()
         self._held_position = position
         state = {"data": position, "events": [] if self.events is None else self.events.events_of(step)}
         run_state = encode(state, "the data's position")
@@ -283,6 +287,14 @@ class Run(Generic[SessionT]):
             plan.staging.discard()
         metrics = self._metrics[1] if self._metrics[0] == step else {}
         return PendingSave(step, snapshot, run_state, metrics)
+
+    def _warn_of_repetition(self) -> None:
+        if self.loop.is_mid_epoch() and not self._warned:
+            self._warned = True
+            _log.warning(
+                "a checkpoint is taken inside an epoch of sv.epochs whose items do not come from sv.batches; a resumed "
+                "run begins this epoch anew. Take the items from sv.batches(...) to go on with the next one."
+            )
 
     def _committed(self, name: str, step: int) -> None:
         if self.events is not None:
@@ -306,7 +318,7 @@ class Run(Generic[SessionT]):
             checkpointer.hold_final(step)
 
     def _hold_at_exhaustion(self) -> None:
-        """At the end of a pass: a stop may come before the next boundary, and this is the last exact state until then."""
+        """At the end of a pass: a stop may come before the next boundary, and this is the last exact state so far."""
         if self._checkpointer is not None and self._checkpointer.is_serving:
             self._checkpointer.hold(self.steps.now())
 
@@ -351,7 +363,7 @@ class Run(Generic[SessionT]):
         try:
             self._finish(error, threads, close_summary_writer)
         finally:
-            self._closed = True
+            self._closed = self.loop.is_over = True
             self._guard(self._home.close, "the end of the session")
             if close_summary_writer:
                 self.close_events()
