@@ -88,7 +88,8 @@ class EagerBackend(Backend[EagerSession]):
             counter = next((variable for variable in iterations if variable is not None), None)
         if counter is None:
             return None
-        return int(counter() if callable(counter) else counter.numpy())
+        read: Any = counter if callable(counter) else counter.numpy
+        return int(read())
 
     def snapshot(self, session: EagerSession, staging: Staging) -> Snapshot:
         for name, part in self._parts.items():
