@@ -95,7 +95,10 @@ class DirectoryStore(CheckpointStore):
         self._put_away(checkpoint, _RETIRED, "the user began anew")
 
     def retire_damaged(self) -> None:
-        for name in self._disk.names(self.path / _SET_ASIDE):
+        names = self._disk.names(self.path / _SET_ASIDE)
+        if names:
+            self._change(self._lease.make_findable)
+        for name in names:
             parcel = self._lease.directory / f"{_RETIRED}-{name}"
             self._change(self._disk.rename, self.path / _SET_ASIDE / name, parcel)
             self._deliver(parcel)
@@ -136,6 +139,8 @@ class DirectoryStore(CheckpointStore):
         self._change(self._disk.make_directory, parcel)
         record = {"checkpoint": name, "reason": reason}
         write_file(self._disk, parcel / _REASON, [json.dumps(record, indent=1).encode()])
+        self._disk.sync_directory(parcel)
+        self._change(self._lease.make_findable)
         self._change(self._disk.rename, self.path / name, parcel / name)
         self._disk.sync_directory(parcel)
         self._deliver(parcel)
@@ -176,7 +181,7 @@ class DirectoryStore(CheckpointStore):
         for leftover in self._lease.leftovers():
             for name in self._disk.names(leftover):
                 parcel = leftover / name
-                if name.startswith((_SET_ASIDE, _RETIRED)) and len(self._disk.names(parcel)) > 1:
+                if name.startswith((_SET_ASIDE, _RETIRED)) and {*self._disk.names(parcel)} - {_REASON}:
                     self._deliver(parcel)
             if any(name.startswith(("draft-", "trash-")) for name in self._disk.names(leftover)):
                 _log.info("swept what a writer that is no more left half done in %s", self.path)

@@ -97,6 +97,11 @@ class Lease:
         if not self._disk.is_directory(self.directory):
             raise self.lost()
 
+    def make_findable(self) -> None:
+        """Have the lease directory and the names in it survive a power cut; done before anything dear is moved into it."""
+        self._disk.sync_directory(self.directory)
+        self._disk.sync_directory(self._work)
+
     def lost(self) -> LeaseLostError:
         """The error of a writer that finds itself replaced."""
         return LeaseLostError(
