@@ -1,0 +1,162 @@
+"""What a writer may be doing when it dies, and what must then be found. Shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from supervise_core.checkpoint_files import verify_checkpoint, write_snapshot
+from supervise_core.checkpoint_store import CheckpointId
+from supervise_core.checkpointer import prune
+from supervise_core.directory_store import DirectoryStore
+from supervise_core.disk import Disk
+from supervise_core.host import Host
+from supervise_core.manifest import Manifest
+from supervise_core.retention import KeepLatest
+from supervise_core.snapshot import Staging
+from supervise_core.testing.clock import FakeClock
+from supervise_core.testing.disks import HastyDisk
+from supervise_core.testing.hosts import FakeMachine
+
+REASON = "the hash is wrong"
+
+
+class SkippingClock(FakeClock):
+    """Whoever waits on it finds that the time has passed."""
+
+    def wait(self, event: threading.Event, timeout: float | None) -> bool:
+        if not event.is_set() and timeout is not None:
+            self.advance(timeout)
+        return event.is_set()
+
+
+def open_store(logdir: Path, disk: Disk, host: Host) -> DirectoryStore:
+    return DirectoryStore(logdir, disk=disk, host=host, clock=SkippingClock())
+
+
+def save(store: DirectoryStore, step: int) -> None:
+    """Commit a small but complete checkpoint, of two parts."""
+    staging = Staging()
+    staging.put("model", {"w": np.full(5, float(step)), "b": np.arange(3)})
+    staging.put("plain", {"step": step})
+    draft = store.begin(CheckpointId(step))
+    snapshot = staging.snapshot()
+    files = write_snapshot(draft, snapshot, {"data": None})
+    draft.commit(Manifest(step, "numpy", 1.7e9 + step, tuple(snapshot.parts), files))
+
+
+@dataclass(frozen=True)
+class State:
+    """What a log directory holds, as far as anybody may care."""
+
+    listed: tuple[str, ...]
+    damaged: tuple[tuple[str, str], ...] = ()
+    retired: tuple[str, ...] = ()
+
+
+def state_of(logdir: Path) -> State:
+    """What is in a log directory; everything in the listing is verified, and so is what was put away."""
+    store = DirectoryStore(logdir, disk=HastyDisk())
+    for checkpoint in store.checkpoints():
+        with store.open(checkpoint) as reader:
+            assert verify_checkpoint(reader).step == checkpoint.step
+    for shelf in ("set-aside", "retired"):
+        for parcel in (logdir / shelf).glob("*"):
+            kept = [path for path in parcel.iterdir() if path.is_dir()]
+            assert len(kept) == 1, f"{parcel} holds {kept}"
+            verify_checkpoint(_reader(kept[0]))
+    retired = (logdir / "retired").glob("*")
+    return State(
+        tuple(store.name_of(checkpoint) for checkpoint in store.checkpoints()),
+        tuple(sorted(store.damaged().items())),
+        tuple(sorted(path.name for path in retired)),
+    )
+
+
+def _reader(path: Path):  # type: ignore[no-untyped-def]
+    from supervise_core.directory_store import open_checkpoint_directory
+
+    return open_checkpoint_directory(path)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``act`` is done by a writer that holds the lease of a directory prepared by ``prepare``; it goes through ``states``."""
+
+    name: str
+    prepare: Callable[[DirectoryStore], None] | None
+    act: Callable[[DirectoryStore], None]
+    states: tuple[State, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def set_up(self, logdir: Path) -> None:
+        if self.prepare is not None:
+            store = open_store(logdir, HastyDisk(), FakeMachine("elsewhere").process())
+            with store.writing():
+                self.prepare(store)
+
+    def run(self, logdir: Path, disk: Disk, host: Host) -> None:
+        store = open_store(logdir, disk, host)
+        with store.writing():
+            self.act(store)
+
+
+def _two(store: DirectoryStore) -> None:
+    save(store, 1)
+    save(store, 2)
+
+
+def _three(store: DirectoryStore) -> None:
+    _two(store)
+    save(store, 3)
+
+
+def _with_damaged(store: DirectoryStore) -> None:
+    _three(store)
+    store.set_aside(CheckpointId(3), REASON)
+
+
+def _c(*steps: int) -> tuple[str, ...]:
+    return tuple(f"model.ckpt-{step}" for step in steps)
+
+
+SCENARIOS = (
+    Scenario("first save", None, lambda store: save(store, 0), (State(()), State(_c(0)))),
+    Scenario("commit", _two, lambda store: save(store, 3), (State(_c(1, 2)), State(_c(1, 2, 3)))),
+    Scenario(
+        "prune",
+        _three,
+        lambda store: prune(store, KeepLatest(1)),
+        (State(_c(1, 2, 3)), State(_c(2, 3)), State(_c(3))),
+    ),
+    Scenario(
+        "set aside",
+        _two,
+        lambda store: store.set_aside(CheckpointId(2), REASON),
+        (State(_c(1, 2)), State(_c(1), ((*_c(2), REASON),))),
+    ),
+    Scenario(
+        "set aside the only one",
+        lambda store: save(store, 2),
+        lambda store: store.set_aside(CheckpointId(2), REASON),
+        (State(_c(2)), State((), ((*_c(2), REASON),))),
+    ),
+    Scenario(
+        "retire",
+        _two,
+        lambda store: store.retire(CheckpointId(2)),
+        (State(_c(1, 2)), State(_c(1), (), _c(2))),
+    ),
+    Scenario(
+        "retire the damaged",
+        _with_damaged,
+        lambda store: store.retire_damaged(),
+        (State(_c(1, 2), ((*_c(3), REASON),)), State(_c(1, 2), (), _c(3))),
+    ),
+)
