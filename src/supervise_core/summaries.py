@@ -10,16 +10,20 @@ that the disk takes only in part is cut off again, and waits in memory for the n
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 import logging
 import os
 import platform
 import re
 import struct
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, Literal
 
 from supervise_core.clock import Clock
@@ -99,9 +103,7 @@ class EventLog:
 
         ``repeat``: whether they belong to what a run resumed at this very step shows again (rates do not).
         """
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        summary = Summary()
+        summary = _tensorboard("proto.summary_pb2").Summary()
         for tag, value in values.items():
             _summarise(summary, tag, value)
         self.add_summary(summary, step, repeat=repeat)
@@ -121,19 +123,16 @@ class EventLog:
 
         :raises TypeError: if it is no such thing.
         """
-        from tensorboardX.proto.summary_pb2 import Summary
-
         content = summary if isinstance(summary, bytes) else getattr(summary, "SerializeToString", lambda: None)()
         try:
-            message = Summary.FromString(content)
+            message = _tensorboard("proto.summary_pb2").Summary.FromString(content)
         except Exception as error:
             raise TypeError(f"{summary!r} is no summary: pass a mapping of values, a Summary or its bytes") from error
         self.add_summary(message, step)
 
     def add_session_log(self, status: SessionStatus, step: int, checkpoint_path: str = "", message: str = "") -> None:
         """Append a START (readers drop what an earlier file has of this step and later), STOP or CHECKPOINT."""
-        from tensorboardX.proto.event_pb2 import SessionLog
-
+        SessionLog = _tensorboard("proto.event_pb2").SessionLog  # noqa: N806 - a class
         log = SessionLog(status=SessionLog.SessionStatus.Value(status), checkpoint_path=checkpoint_path, msg=message)
         self._write(_event(self._clock, step=step, session_log=log))
 
@@ -215,14 +214,30 @@ def _create_event_file(logdir: Path, clock: Clock) -> tuple[Path, int]:
 
 
 def _event(clock: Clock, **fields: Any) -> bytes:
-    from tensorboardX.proto.event_pb2 import Event
+    event = _tensorboard("proto.event_pb2").Event(wall_time=clock.time(), **fields)
+    return bytes(event.SerializeToString())
 
-    return bytes(Event(wall_time=clock.time(), **fields).SerializeToString())
+
+def _tensorboard(module: str) -> Any:
+    """A module of tensorboardX, without what the package itself imports: all of PyTorch, where it is installed."""
+    name = f"tensorboardX.{module}"
+    if not sys.modules.keys().isdisjoint({name, "tensorboardX"}):
+        return importlib.import_module(name)
+    found = importlib.util.find_spec("tensorboardX")
+    if found is None:
+        return importlib.import_module(name)  # which says so
+    stand_in = ModuleType("tensorboardX")
+    stand_in.__path__ = list(found.submodule_search_locations or ())
+    sys.modules["tensorboardX"] = stand_in
+    try:
+        return importlib.import_module(name)
+    finally:
+        del sys.modules["tensorboardX"]
 
 
 def _framed(record: bytes) -> bytes:
     """A TFRecord: length, masked crc32c of the length, data, masked crc32c of the data."""
-    from tensorboardX.crc32c import crc32c
+    crc32c = _tensorboard("crc32c").crc32c
 
     def masked(data: bytes) -> bytes:
         crc = crc32c(data)
@@ -233,8 +248,7 @@ def _framed(record: bytes) -> bytes:
 
 
 def _summarise(summary: Any, tag: str, value: Any) -> None:
-    import tensorboardX.summary as make
-
+    make = _tensorboard("summary")
     match value:
         case float():
             summary.value.add(tag=tag, simple_value=value)
