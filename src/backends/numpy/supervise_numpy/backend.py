@@ -48,6 +48,20 @@ class ArraySession:
             self.notify(step)
 
 
+class _Mark:
+    """The states of the generators; compared once in a run, but made for every item."""
+
+    __slots__ = ("_states",)
+
+    def __init__(self, states: list[Any]) -> None:
+        self._states = states
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Mark) and _plain(self._states) == _plain(other._states)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class ArrayBackend(Backend[ArraySession]):
     """A mapping of NumPy arrays, trained in place, and the random generators that the program draws from.
 
@@ -115,7 +129,7 @@ class ArrayBackend(Backend[ArraySession]):
     # ---- random state
 
     def mark(self, session: ArraySession) -> object:
-        return tuple(str(generator.bit_generator.state) for generator in self._modern())
+        return _Mark([_bits(generator).state for generator in self._generators.values()])
 
     def random_state(self, session: ArraySession) -> RandomState:
         states = {name: _plain(_bits(generator).state) for name, generator in self._generators.items()}
@@ -134,9 +148,6 @@ class ArrayBackend(Backend[ArraySession]):
 
     def run_seed(self, session: ArraySession) -> int:
         return self._seed
-
-    def _modern(self) -> list[np.random.Generator]:
-        return [generator for generator in self._generators.values() if isinstance(generator, np.random.Generator)]
 
 
 def _part(parts: Parts, name: str) -> Any:
@@ -166,6 +177,8 @@ def _plain(state: Any) -> Any:
     """A bit generator's state with its arrays as lists: it accepts both, and lists are plain data."""
     if isinstance(state, Mapping):
         return {key: _plain(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_plain(item) for item in state]
     if isinstance(state, np.ndarray):
         return state.tolist()
     return state.item() if isinstance(state, np.generic) else state

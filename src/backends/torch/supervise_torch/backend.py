@@ -51,6 +51,25 @@ class TorchSession:
         return self._backend.global_step(self) or 0
 
 
+class _Mark:
+    """Forward passes in training mode so far, and the random state; compared once in a run, but made for every item."""
+
+    __slots__ = ("_forwards", "_random")
+
+    def __init__(self, forwards: int, random: torch.Tensor) -> None:
+        self._forwards = forwards
+        self._random = random
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Mark)
+            and self._forwards == other._forwards
+            and torch.equal(self._random, other._random)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class TorchBackend(Backend[TorchSession]):
     """PyTorch training state, part by part::
 
@@ -171,7 +190,7 @@ class TorchBackend(Backend[TorchSession]):
     # ---- random state
 
     def mark(self, session: TorchSession) -> object:
-        return session.forwards, torch.get_rng_state().numpy().tobytes()
+        return _Mark(session.forwards, torch.get_rng_state())
 
     def random_state(self, session: TorchSession) -> RandomState:
         return torch_random_state()

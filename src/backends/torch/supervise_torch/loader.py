@@ -148,39 +148,25 @@ class _Isolated(Iterator[Any]):
 
 
 class _SeededDataset(Dataset[Any]):
-    """Fetches the items of a request under its seed."""
+    """Fetches and collates the items of a request under its seed."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, request: _Request) -> _Fetched:
-        with isolated_random(request.seed):
-            indices = request.indices
-            if isinstance(indices, list):
-                fetch_many = getattr(self.dataset, "__getitems__", None)
-                items = fetch_many(indices) if callable(fetch_many) else [self.dataset[index] for index in indices]
-            else:
-                items = self.dataset[indices]
-            return _Fetched(items, cpu_random_state())
-
-
-class _Fetched:
-    """Items, and the random state after they were fetched, in which they are collated."""
-
-    def __init__(self, items: Any, state: Mapping[str, Any]) -> None:
-        self.items = items
-        self.state = state
-
-
-class _SeededCollate:
-    """Collates what ``_SeededDataset`` fetched, drawing on from where the fetch ended."""
-
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any]) -> None:
+        self._dataset = dataset
         self._collate = collate
 
-    def __call__(self, fetched: _Fetched) -> Any:
-        with isolated_random(state=fetched.state):
-            return self._collate(fetched.items)
+    def __getitem__(self, request: _Request) -> Any:
+        with isolated_random(request.seed):
+            return self._collate(self._fetch(request.indices))
+
+    def _fetch(self, indices: Any) -> Any:
+        if not isinstance(indices, list):
+            return self._dataset[indices]
+        fetch_many = getattr(self._dataset, "__getitems__", None)
+        return fetch_many(indices) if callable(fetch_many) else [self._dataset[index] for index in indices]
+
+
+def _as_collated(batch: Any) -> Any:
+    return batch
 
 
 class _Requests:
@@ -201,10 +187,10 @@ class _Clone:
         self._generator = torch.Generator()
         options = _options_of(loader, self._generator)
         self._loader: DataLoader[Any] = DataLoader(
-            _SeededDataset(loader.dataset),
+            _SeededDataset(loader.dataset, loader.collate_fn),
             batch_size=None,
             sampler=self._requests,
-            collate_fn=_SeededCollate(loader.collate_fn),  # type: ignore[arg-type]  # collates what the dataset fetched
+            collate_fn=_as_collated,
             **options,
         )
 

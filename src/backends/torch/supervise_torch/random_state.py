@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import random
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,9 +37,9 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def isolated_random(seed: int | None = None, state: Mapping[str, Any] | None = None) -> Generator[None, None, None]:
+def isolated_random(seed: int | None = None, state: tuple[Any, ...] | None = None) -> Generator[None, None, None]:
     """A block that draws from other random states (of the CPU), and leaves those of the program as they were."""
-    before = process_random_state(), torch.get_rng_state()
+    before = cpu_random_state()
     try:
         if state is not None:
             set_cpu_random_state(state)
@@ -47,19 +48,19 @@ def isolated_random(seed: int | None = None, state: Mapping[str, Any] | None = N
             torch.default_generator.manual_seed(seed)
         yield
     finally:
-        set_process_random_state(before[0])
-        torch.set_rng_state(before[1])
+        set_cpu_random_state(before)
 
 
-def cpu_random_state() -> dict[str, Any]:
-    """What a data worker draws from; not meant to be saved."""
-    return {"process": process_random_state(), "torch": torch.get_rng_state()}
+def cpu_random_state() -> tuple[Any, ...]:
+    """What fetching data draws from, in the quickest form; not meant to be saved."""
+    return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
 
 
-def set_cpu_random_state(state: Mapping[str, Any]) -> None:
+def set_cpu_random_state(state: tuple[Any, ...]) -> None:
     """Put back what ``cpu_random_state`` gave."""
-    set_process_random_state(state["process"])
-    torch.set_rng_state(state["torch"])
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
 
 
 def _to_bytes(state: torch.Tensor) -> bytes:
