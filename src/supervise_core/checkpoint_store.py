@@ -109,6 +109,10 @@ class CheckpointStore(ABC):
     """
 
     location: str
+    """Where it is, for messages."""
+
+    basename: str = "model.ckpt"
+    """What the names of checkpoints begin with."""
 
     @abstractmethod
     def acquire(self) -> None:

@@ -95,6 +95,11 @@ class Checkpointer:
         """Take saves from the appointment on."""
         self._appointment = appointment
 
+    def request(self) -> None:
+        """Have a save taken at the next boundary; nothing where none are served."""
+        if self._appointment is not None:
+            self._appointment.request()
+
     @property
     def is_serving(self) -> bool:
         """Whether saves are taken at all."""

@@ -49,7 +49,7 @@ class DirectoryStore(CheckpointStore):
             raise ValueError(f"{basename!r} cannot begin a directory name; use something like 'model.ckpt'")
         self.path = Path(logdir)
         self.location = str(self.path)
-        self._basename = basename
+        self.basename = basename
         self._pattern = re.compile(re.escape(basename) + r"-(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?")
         self._disk = disk or Disk()
         self._lease = Lease(self.path, self._disk, clock or SystemClock(), host or Host())
@@ -111,7 +111,7 @@ class DirectoryStore(CheckpointStore):
 
     def name_of(self, checkpoint: CheckpointId) -> str:
         revision = f".{checkpoint.revision}" if checkpoint.revision else ""
-        return f"{self._basename}-{checkpoint.step}{revision}"
+        return f"{self.basename}-{checkpoint.step}{revision}"
 
     def open(self, checkpoint: CheckpointId) -> CheckpointReader:
         return open_checkpoint_directory(self.path / self.name_of(checkpoint), self._disk)

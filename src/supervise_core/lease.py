@@ -98,7 +98,7 @@ class Lease:
             raise self.lost()
 
     def make_findable(self) -> None:
-        """Have the lease directory and the names in it survive a power cut; done before anything dear is moved into it."""
+        """Have the lease directory and the names in it survive a power cut, before anything dear is moved into it."""
         self._disk.sync_directory(self.directory)
         self._disk.sync_directory(self._work)
 

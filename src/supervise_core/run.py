@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import platform
-import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-from supervise_core.backend import Backend
 from supervise_core.boundary import StepBoundary, StepCounter
-from supervise_core.checkpoint_store import CheckpointStore
-from supervise_core.checkpointer import Checkpointer, CheckpointLabels, PendingSave
-from supervise_core.clock import Clock
 from supervise_core.coordinator import Coordinator, stack_of
 from supervise_core.data_loop import DataLoop
 from supervise_core.lease import BEAT_EVERY
 from supervise_core.looper import Looper
-from supervise_core.operations import Operations
-from supervise_core.plugins import RunHooks
+from supervise_core.plan import Plan
 from supervise_core.report import RunReport
-from supervise_core.retention import Retention
+from supervise_core.saving import RunSaver
 from supervise_core.services import Service, ServiceContext
-from supervise_core.session_manager import Resume, SessionManager
 from supervise_core.signals import StopSignals, exit_status_of
-from supervise_core.snapshot import Staging
 from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
 from supervise_core.summaries import EventLog, read_value
-from supervise_core.tagged_json import encode
-from supervise_core.triggers import Trigger
 
 _log = logging.getLogger(__name__)
 
 SessionT = TypeVar("SessionT")
 
 _GRACE_WHEN_INSISTED: Final = 1.0
-_VERSIONED: Final = ("supervise-core", "numpy", "torch", "tensorflow")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan(Generic[SessionT]):
-    """What a run is made of; the parts that its Supervisor was given."""
-
-    backend: Backend[SessionT]
-    operations: Operations[SessionT]
-    manager: SessionManager[SessionT]
-    store: CheckpointStore | None
-    logdir: Path | None
-    is_chief: bool
-    save_every: Trigger | None
-    summarize_every: Trigger | None
-    keep: Retention
-    services: Sequence[Service]
-    resume: Resume
-    grace: float
-    signals: bool
-    staging: Staging
-    clock: Clock
-    hooks: RunHooks
 
 
 class Run(Generic[SessionT]):
@@ -81,15 +44,11 @@ class Run(Generic[SessionT]):
         self.manager = plan.manager
         self.summaries: SummaryService | None = None
         self.events: EventLog | None = None
-        self._checkpoints: CheckpointService | None = None
-        self._checkpointer: Checkpointer | None = None
+        self.saver: RunSaver | None = None
         self._signals = StopSignals(coordinator)
         self._services: list[Service] = []
-        self._metrics: tuple[int, dict[str, float]] = (-1, {})
-        self._held_position: object = None
         self._home = ExitStack()
         self._closed = False
-        self._warned = False
 
     # ---- the road
 
@@ -148,8 +107,6 @@ class Run(Generic[SessionT]):
             backend.run_seed(session),
             position,
         )
-        self.loop.stopping = self.hold_at_stop
-        self.loop.exhausted = self._hold_at_exhaustion
         self.report.first_step = self.report.last_step = self.steps.now()
 
     def _open_events(self) -> None:
@@ -165,16 +122,13 @@ class Run(Generic[SessionT]):
         plan = self.plan
         if plan.store is None or plan.operations.snapshot is None or not plan.is_chief:
             return
-        self._checkpointer = Checkpointer(
-            plan.store,
-            plan.keep,
-            CheckpointLabels(plan.backend.name, _versions()),
-            self._capture,
-            self.coordinator,
-            self.report,
-            self._committed,
-        )
-        self._checkpointer.check(self.report.first_step)
+        self.saver = RunSaver(
+            plan, plan.store, plan.operations.snapshot, self.session,
+            self.loop, self.boundary, self.coordinator, self.events, self.report,
+        )  # fmt: skip
+        self.loop.stopping = self.saver.hold_at_stop
+        self.loop.exhausted = self.saver.hold_at_exhaustion
+        self.saver.checkpointer.check(self.report.first_step)
 
     def _start_services(self, standard: bool) -> None:
         timer = threading.Thread(target=self._keep_time, name="supervise-core timer", daemon=True)
@@ -204,11 +158,10 @@ class Run(Generic[SessionT]):
             self.summaries = SummaryService(events, plan.summarize_every, plan.operations.summary)
             self._start(self.summaries)
             self._start(StepRateService(events, plan.summarize_every))
-        if self._checkpointer is not None:
-            self._checkpoints = CheckpointService(self._checkpointer, plan.save_every)
-            self._start(self._checkpoints)
+        if self.saver is not None:
+            self._start(CheckpointService(self.saver.checkpointer, plan.save_every))
             if content is None or self.report.restored not in self._own_checkpoints():
-                self._checkpointer.save(self.report.first_step, wait=True)
+                self.saver.checkpointer.save(self.report.first_step, wait=True)
         return [thread for thread in threading.enumerate() if thread not in before]
 
     def _own_checkpoints(self) -> list[str]:
@@ -237,8 +190,8 @@ class Run(Generic[SessionT]):
         """A service could not be started: stop those that were."""
         self.coordinator.request_stop(source=f"a service that could not be started ({type(error).__name__})")
         self._stop_services(self.plan.grace, ())
-        if self._checkpointer is not None:
-            self._checkpointer.finish()
+        if self.saver is not None:
+            self.saver.checkpointer.finish()
 
     # ---- while it runs
 
@@ -248,103 +201,21 @@ class Run(Generic[SessionT]):
             if self.loop.is_round_boundary():
                 self.loop.count_round()
                 self.loop.reach()
-            stopped = self.coordinator.should_stop()
-            if stopped:  # and the answer sends the program out of its loop
-                self.hold_at_stop()
-            return stopped
+            if self.coordinator.should_stop():  # and the answer sends the program out of its loop
+                self.loop.stopping()
         return self.coordinator.should_stop()
-
-    def save(self) -> None:
-        """Have a checkpoint taken at the next boundary."""
-        if self._checkpoints is not None and self._checkpoints.appointment is not None:
-            self._checkpoints.appointment.request()
 
     @property
     def is_saving(self) -> bool:
-        return self._checkpointer is not None and self._checkpointer.is_serving
+        """Whether checkpoints are taken."""
+        return self.saver is not None and self.saver.checkpointer.is_serving
 
     def report_metrics(self, values: Mapping[str, float]) -> None:
-        """Keep metrics of the present step for its checkpoint, write them, and have it saved if it may be the best."""
-        step = self.steps.now()
-        known = self._metrics[1] if self._metrics[0] == step else {}
-        self._metrics = (step, known | dict(values))
+        """Write metrics of the present step, and keep them for its checkpoint."""
         if self.events is not None:
-            self.events.add(values, step)
-        if self._checkpointer is not None and self._checkpointer.metrics_ranked & values.keys():
-            self.save()
-
-    def _capture(self, step: int) -> PendingSave:
-        plan = self.plan
-        assert plan.operations.snapshot is not None
-        position = self.loop.position_at_end()
-        self._warn_of_repetition()
-        self._held_position = position
-        state = {"data": position, "events": [] if self.events is None else self.events.events_of(step)}
-        run_state = encode(state, "the data's position")
-        try:
-            snapshot = plan.operations.snapshot(self.session, plan.staging)
-        finally:
-            plan.staging.discard()
-        metrics = self._metrics[1] if self._metrics[0] == step else {}
-        return PendingSave(step, snapshot, run_state, metrics)
-
-    def _warn_of_repetition(self) -> None:
-        if self.loop.is_mid_epoch() and not self._warned:
-            self._warned = True
-            _log.warning(
-                "a checkpoint is taken inside an epoch of sv.epochs whose items do not come from sv.batches; a resumed "
-                "run begins this epoch anew. Take the items from sv.batches(...) to go on with the next one."
-            )
-
-    def _committed(self, name: str, step: int) -> None:
-        if self.events is not None:
-            path = "" if self.plan.logdir is None else str(self.plan.logdir / name)
-            self.events.add_session_log("CHECKPOINT", step, path)
-        self.plan.hooks.call("supervise_checkpoint_committed", name=name, step=step, logdir=self.plan.logdir)
-
-    # ---- the last snapshot
-
-    def hold_at_stop(self) -> None:
-        """On a stop, take the snapshot of this boundary: what the program does from here to its end is not training."""
-        checkpointer = self._checkpointer
-        if checkpointer is None or not checkpointer.is_serving or self._closed or self._signals.insisted:
-            return
-        step = self.steps.now()
-        position = self.loop.position_at_stop()
-        if position is None or step == self.report.first_step:
-            return
-        if checkpointer.held_step != step or self._held_position != position:
-            self._signals.saving = True
-            checkpointer.hold_final(step)
-
-    def _hold_at_exhaustion(self) -> None:
-        """At the end of a pass: a stop may come before the next boundary, and this is the last exact state so far."""
-        if self._checkpointer is not None and self._checkpointer.is_serving:
-            self._checkpointer.hold(self.steps.now())
-
-    def _take_last_snapshot(self, asked: bool, withheld: str) -> str:
-        """Decide what the final save holds, and have it written. What became of it, in words."""
-        checkpointer = self._checkpointer
-        if checkpointer is None or not checkpointer.is_serving:
-            return "switched off"
-        if withheld:
-            checkpointer.drop()
-            return f"withheld: {withheld}"
-        step = self.steps.now()
-        if step == self.report.first_step and (asked or self.report.restored is not None):
-            return "nothing new: no step was made"
-        if not asked or (checkpointer.held_step != step and self.loop.position_at_stop() is not None):
-            if self.loop.position() is not None:
-                self.boundary.reach(step)
-            checkpointer.hold_final(step)
-        held = checkpointer.held_step
-        if not checkpointer.submit_final():
-            return "nothing new: the block was left in the middle of a step, after the newest checkpoint"
-        if held != step:
-            _log.warning(
-                "the block was left at step %d in the middle of a step; the last exact state is of %s", step, held
-            )
-        return f"step {held}"
+            self.events.add(values, self.steps.now())
+        if self.saver is not None:
+            self.saver.note_metrics(self.steps.now(), values)
 
     # ---- the way home
 
@@ -382,13 +253,10 @@ class Run(Generic[SessionT]):
         grace = _GRACE_WHEN_INSISTED if self._signals.insisted else self.plan.grace
         asked = self.coordinator.should_stop()
         self.coordinator.request_stop(source="the end of the training block")
-        try:
-            self.report.final_save = self._take_last_snapshot(asked, withheld)
-        except Exception as failure:
-            self.report.final_save = f"failed: {failure}"
-            self.coordinator.request_stop(failure, source="the final snapshot")
+        if self.saver is not None:
+            self.report.final_save = self.saver.take_last(asked, withheld)
         self._stop_services(grace, threads)
-        if self._checkpointer is not None and (failed := self._checkpointer.finish()) is not None:
+        if self.saver is not None and (failed := self.saver.checkpointer.finish()) is not None:
             self.report.final_save = f"failed: {failed}"
         self.report.last_step = self.steps.now()
         if self.events is not None and close_summary_writer:
@@ -462,14 +330,3 @@ class Run(Generic[SessionT]):
             return False
         self._signals.end_process_as_signalled()
         return error is not None
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        if name in ("supervise-core", "numpy") or name in sys.modules:
-            try:
-                found[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return found

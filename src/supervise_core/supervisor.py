@@ -22,10 +22,11 @@ from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import SessionStateError, StragglersError
 from supervise_core.looper import Looper
 from supervise_core.operations import USE_BACKEND, Default, Operations
+from supervise_core.plan import Plan
 from supervise_core.plugins import hooks_of_run
 from supervise_core.report import RunReport
 from supervise_core.retention import KeepLatest, Retention
-from supervise_core.run import Plan, Run
+from supervise_core.run import Run
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
 from supervise_core.snapshot import Snapshot, Staging
@@ -71,9 +72,7 @@ class Supervisor(Generic[SessionT]):
         resume: Resume = "auto",
         grace: float = 120.0,
         signals: bool = True,
-        basename: str = "model.ckpt",
         store: CheckpointStore | None = None,
-        session_manager: SessionManager[SessionT] | None = None,
         services: Iterable[Service] = (),
         plugins: Iterable[object] = (),
         staging: Staging | None = None,
@@ -92,7 +91,10 @@ class Supervisor(Generic[SessionT]):
         :param resume: ``"auto"``, ``"must"`` (be there), ``"never"``, or the path of a checkpoint.
         :param grace: seconds that services have to end once a stop is requested.
         :param signals: whether SIGTERM and SIGINT ask for a stop with a final save.
-        :param store: where checkpoints go instead of ``logdir``.
+        :param store: where checkpoints go instead of ``logdir``, or by another name than ``model.ckpt-<step>``.
+        :param services: your own services, started with the standard ones.
+        :param staging: the memory that snapshots are copied into.
+        :param clock: what time it is.
         :param plugins: objects with lifecycle hooks (see ``hookspecs``).
         :raises TypeError: if an argument is not of its kind.
         :raises ValueError: if one has an impossible value.
@@ -100,7 +102,7 @@ class Supervisor(Generic[SessionT]):
         _check_arguments(backend, save_every, summarize_every, keep, grace)
         own_clock = clock or SystemClock()
         path = None if logdir is None else Path(logdir)
-        own_store = DirectoryStore(path, basename, clock=own_clock) if store is None and path is not None else store
+        own_store = DirectoryStore(path, clock=own_clock) if store is None and path is not None else store
         operations = Operations.of(
             backend,
             init=init, init_fn=init_fn, ready=ready, ready_for_local_init=ready_for_local_init,
@@ -109,7 +111,7 @@ class Supervisor(Generic[SessionT]):
         self._plan = Plan(
             backend=backend,
             operations=operations,
-            manager=session_manager or SessionManager(backend, operations, own_store, own_clock),
+            manager=SessionManager(backend, operations, own_store, own_clock),
             store=own_store,
             logdir=path,
             is_chief=is_chief,
@@ -124,7 +126,6 @@ class Supervisor(Generic[SessionT]):
             clock=own_clock,
             hooks=hooks_of_run(plugins),
         )
-        self._basename = basename
         self._coordinator = self._new_coordinator()
         self._report = RunReport()
         self._run: Run[SessionT] | None = None
@@ -260,10 +261,10 @@ class Supervisor(Generic[SessionT]):
 
         :raises SessionStateError: if nothing is being saved in this session.
         """
-        run = self._open_run("save")
-        if not run.is_saving:
+        saver = self._open_run("save").saver
+        if saver is None or not saver.checkpointer.is_serving:
             raise SessionStateError("this session saves nothing; it needs a logdir, a saver and the standard services")
-        run.save()
+        saver.checkpointer.request()
 
     def summary_computed(
         self, session: SessionT, summary: Mapping[str, Any] | bytes | Any, global_step: int | None = None
@@ -327,7 +328,8 @@ class Supervisor(Generic[SessionT]):
     @property
     def save_path(self) -> str | None:
         """What the names of checkpoints begin with; None without a logdir or on a non-chief."""
-        return None if self.logdir is None or not self.is_chief else str(self.logdir / self._basename)
+        store = self._plan.store
+        return None if store is None or not self.is_chief else os.path.join(store.location, store.basename)
 
     @property
     def save_every(self) -> Trigger | None:

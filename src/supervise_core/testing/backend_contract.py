@@ -41,7 +41,7 @@ from supervise_core.snapshot import Part, Parts, Snapshot, Staging
 from supervise_core.supervisor import Supervisor
 from supervise_core.tagged_json import Json, encode
 from supervise_core.tensors import TensorSpec
-from supervise_core.testing.disks import Crash, CrashingDisk
+from supervise_core.testing.disks import Crash, CrashingDisk, HastyDisk
 from supervise_core.triggers import EverySteps
 
 CAPABILITIES: Final = frozenset({"strict restore", "fresh process", "random state", "run"})
@@ -62,7 +62,7 @@ class Program:
 
     ``train(session)`` makes one step; it changes every tensor that training changes, and draws from every random
     generator that is part of the state. ``raw()`` gives everything that training changes, by name, as arrays (or what
-    ``numpy.asarray`` takes), plain values or bytes, read from the program's own objects and never through the backend.
+    ``numpy.asarray`` takes), plain values or bytes, read from the program's own objects and never through the backend; also before ``init``.
     """
 
     backend: Backend[Any]
@@ -182,7 +182,7 @@ class BackendContract(ABC):
             program.backend.snapshot(session, Staging())
             program.train(session)
             expected = _raw(program)
-            parts = _saved(program, session, DirectoryStore(tmp_path))
+            parts = _saved(program, session, _store(tmp_path))
             with self._restored(parts) as (other, _):
                 _check_same(expected, _raw(other), "the second of two snapshots restores another state")
 
@@ -247,7 +247,7 @@ class BackendContract(ABC):
             step = program.backend.global_step(session)
             if step is None:
                 pytest.skip("the backend leaves the counting of steps to the core")
-            parts = _saved(program, session, DirectoryStore(tmp_path))
+            parts = _saved(program, session, _store(tmp_path))
             with self._restored(parts) as (other, restored):
                 found = other.backend.global_step(restored)
                 assert found == step, f"saved at step {step}, restored at step {found}"
@@ -268,7 +268,7 @@ class BackendContract(ABC):
         if "<locals>" in name:
             pytest.skip(f"another process cannot import {name}")
         with self._begun(steps=2) as (program, session):
-            _saved(program, session, DirectoryStore(tmp_path))
+            _saved(program, session, _store(tmp_path))
             expected = [_digests(_raw(program))]
             program.train(session)
             expected.append(_digests(_raw(program)))
@@ -292,7 +292,7 @@ class BackendContract(ABC):
         self._need("random state")
         with self._begun(steps=2) as (program, session):
             saved = encode(program.backend.random_state(session), "random state")
-            parts = _saved(program, session, DirectoryStore(tmp_path))
+            parts = _saved(program, session, _store(tmp_path))
             with self._restored(parts) as (other, restored):
                 found = encode(other.backend.random_state(restored), "random state")
                 assert found == saved, "after a restore, random_state() is not what it was when the snapshot was taken"
@@ -301,7 +301,7 @@ class BackendContract(ABC):
         self._need("random state")
         expected = self._trained(4)
         with self._begun(steps=2) as (program, session):
-            parts = _saved(program, session, DirectoryStore(tmp_path))
+            parts = _saved(program, session, _store(tmp_path))
         with self._restored(parts) as (other, restored):
             other.train(restored)
             other.train(restored)
@@ -354,7 +354,7 @@ class BackendContract(ABC):
     def test_a_refused_restore_changes_nothing(self, tmp_path: Path) -> None:
         for alter in (_without, _with_another, _of_another_shape, _of_another_dtype):
             for name, parts in self._altered(tmp_path, alter):
-                with self._begun(steps=1) as (program, session):
+                with self._not_begun() as (program, session):
                     before, step = _raw(program), program.backend.global_step(session)
                     try:
                         program.backend.load(session, parts)
@@ -391,7 +391,7 @@ class BackendContract(ABC):
     def test_a_crash_at_any_disk_call_of_a_save_leaves_a_good_checkpoint(self, tmp_path: Path) -> None:
         with self._begun(steps=1) as (program, session):
             before = _raw(program)
-            _saved(program, session, DirectoryStore(tmp_path / "good"))
+            _saved(program, session, _store(tmp_path / "good"))
             program.train(session)
             after = _raw(program)
             for calls in itertools.count(1):
@@ -414,8 +414,12 @@ class BackendContract(ABC):
         return _opened(self.program(), steps)
 
     def _restored(self, parts: Parts) -> AbstractContextManager[tuple[Program, Any]]:
-        """Another program, one step on and in another random state, into which the parts are loaded."""
-        return _opened(self.program(), 1, parts)
+        """Another program, in another random state, restored from the parts; its ``init`` is not called."""
+        return _opened(self.program(), 0, parts)
+
+    def _not_begun(self) -> AbstractContextManager[tuple[Program, Any]]:
+        """A program as it is when a restore begins."""
+        return _opened(self.program(), 0, init=False)
 
     def _trained(self, steps: int) -> Mapping[str, RawTensor]:
         with self._begun(steps) as (program, _):
@@ -426,7 +430,7 @@ class BackendContract(ABC):
 
     def _round_trip(self, path: Path) -> tuple[Mapping[str, RawTensor], Mapping[str, RawTensor]]:
         with self._begun(steps=2) as (program, session):
-            parts = _saved(program, session, DirectoryStore(path))
+            parts = _saved(program, session, _store(path))
             before = _raw(program)
         with self._restored(parts) as (other, _):
             return before, _raw(other)
@@ -434,7 +438,7 @@ class BackendContract(ABC):
     def _parts(self, path: Path) -> Parts:
         self._need("strict restore")
         with self._begun(steps=2) as (program, session):
-            return _saved(program, session, DirectoryStore(path))
+            return _saved(program, session, _store(path))
 
     def _altered(self, path: Path, alter: Alteration) -> Iterator[tuple[str, Parts]]:
         """The checkpoint altered at one tensor of the model, for each of them that can be altered so."""
@@ -448,7 +452,7 @@ class BackendContract(ABC):
             yield name, {**parts, self.model_part: replaced}
 
     def _check_refused(self, parts: Parts, what: str) -> None:
-        with self._begun(steps=1) as (program, session):
+        with self._not_begun() as (program, session):
             try:
                 program.backend.load(session, parts)
             except IncompatibleCheckpointError as error:
@@ -462,7 +466,7 @@ class BackendContract(ABC):
     def _check_stored(self, path: Path, wanted: Callable[[RawTensor], bool], kind: str) -> None:
         with self._begun(steps=1) as (program, session):
             shapes = sorted(value.shape for value in _raw(program).values() if wanted(value))
-            parts = _saved(program, session, DirectoryStore(path))
+            parts = _saved(program, session, _store(path))
         if not shapes:
             pytest.skip(f"the program has no tensor {kind}")
         stored = [
@@ -506,24 +510,33 @@ _CHILD: Final = (
 
 
 @contextmanager
-def _opened(program: Program, steps: int, parts: Parts | None = None) -> Generator[tuple[Program, Any], None, None]:
-    """A program with a session that was brought up, trained, and perhaps restored; closed at the end of the block."""
+def _opened(
+    program: Program, steps: int, parts: Parts | None = None, init: bool = True
+) -> Generator[tuple[Program, Any], None, None]:
+    """A program with a session, brought up as a run does it: restored, or else initialised and trained."""
     backend = program.backend
     session = backend.create_session()
     try:
-        backend.init(session)
-        backend.local_init(session)
-        for _ in range(steps):
-            program.train(session)
         if parts is not None:
             backend.seed(session, 987654321)
             backend.load(session, parts)
+        elif init:
+            backend.init(session)
+        if parts is not None or init:
+            backend.local_init(session)
+        for _ in range(steps):
+            program.train(session)
         yield program, session
     finally:
         backend.close_session(session)
 
 
 # ---- checkpoints
+
+
+def _store(path: Path) -> DirectoryStore:
+    """A directory of which nothing is demanded at a power cut."""
+    return DirectoryStore(path, disk=HastyDisk())
 
 
 def _saved(program: Program, session: Any, store: DirectoryStore) -> Parts:

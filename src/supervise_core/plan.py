@@ -1,0 +1,43 @@
+"""What a run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from supervise_core.backend import Backend
+from supervise_core.checkpoint_store import CheckpointStore
+from supervise_core.clock import Clock
+from supervise_core.operations import Operations
+from supervise_core.plugins import RunHooks
+from supervise_core.retention import Retention
+from supervise_core.services import Service
+from supervise_core.session_manager import Resume, SessionManager
+from supervise_core.snapshot import Staging
+from supervise_core.triggers import Trigger
+
+SessionT = TypeVar("SessionT")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Generic[SessionT]):
+    """What a run is made of; the parts that its Supervisor was given."""
+
+    backend: Backend[SessionT]
+    operations: Operations[SessionT]
+    manager: SessionManager[SessionT]
+    store: CheckpointStore | None
+    logdir: Path | None
+    is_chief: bool
+    save_every: Trigger | None
+    summarize_every: Trigger | None
+    keep: Retention
+    services: Sequence[Service]
+    resume: Resume
+    grace: float
+    signals: bool
+    staging: Staging
+    clock: Clock
+    hooks: RunHooks

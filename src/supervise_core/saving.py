@@ -1,0 +1,153 @@
+"""What is saved of a run, and which moment the last checkpoint of it holds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from supervise_core.boundary import StepBoundary
+from supervise_core.checkpoint_store import CheckpointStore
+from supervise_core.checkpointer import Checkpointer, CheckpointLabels, PendingSave
+from supervise_core.coordinator import Coordinator
+from supervise_core.data_loop import DataLoop
+from supervise_core.plan import Plan
+from supervise_core.report import RunReport
+from supervise_core.snapshot import Snapshot, Staging
+from supervise_core.summaries import EventLog
+from supervise_core.tagged_json import encode
+
+_log = logging.getLogger(__name__)
+
+_VERSIONED: Final = ("supervise-core", "numpy", "torch", "tensorflow")
+
+
+class RunSaver:
+    """Puts together what a checkpoint holds: the model's state, the data's position, metrics, and this step's events.
+
+    On a stop the last checkpoint holds the boundary at which the loop was told so. What the program does from there to
+    the end of its block (validating, stepping a scheduler as if an epoch had ended) is not training.
+    """
+
+    def __init__(
+        self,
+        plan: Plan[Any],
+        store: CheckpointStore,
+        snapshot: Callable[[Any, Staging], Snapshot],
+        session: object,
+        loop: DataLoop,
+        boundary: StepBoundary,
+        coordinator: Coordinator,
+        events: EventLog | None,
+        report: RunReport,
+    ) -> None:
+        self._plan = plan
+        self._snapshot = snapshot
+        self._session = session
+        self._loop = loop
+        self._boundary = boundary
+        self._coordinator = coordinator
+        self._events = events
+        self._report = report
+        self._metrics: tuple[int, dict[str, float]] = (-1, {})
+        self._held_position: object = None
+        self._warned = False
+        labels = CheckpointLabels(plan.backend.name, _versions())
+        self.checkpointer = Checkpointer(store, plan.keep, labels, self._capture, coordinator, report, self._committed)
+
+    def note_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep metrics for the checkpoint of this step, and have it taken if they decide what is kept."""
+        known = self._metrics[1] if self._metrics[0] == step else {}
+        self._metrics = (step, known | dict(values))
+        if self.checkpointer.metrics_ranked & values.keys():
+            self.checkpointer.request()
+
+    def hold_at_stop(self) -> None:
+        """On a stop, take the snapshot of this boundary, if it is one that may be saved and was not taken already."""
+        if not self.checkpointer.is_serving or self._loop.is_over:
+            return
+        step = self._loop.steps.now()
+        position = self._loop.position_at_stop()
+        if position is None or step == self._report.first_step:
+            return
+        if self.checkpointer.held_step != step or self._held_position != position:
+            self._hold_final(step)
+
+    def hold_at_exhaustion(self) -> None:
+        """At the end of a pass: a stop may come before the next boundary, and this is the last exact state so far."""
+        if self.checkpointer.is_serving:
+            self.checkpointer.hold(self._loop.steps.now())
+
+    def take_last(self, asked: bool, withheld: str) -> str:
+        """Decide what the final save holds, and have it written. What became of it, in words.
+
+        ``asked``: whether a stop was asked for before the block ended. ``withheld``: why there must be none, or "".
+        """
+        checkpointer, step = self.checkpointer, self._loop.steps.now()
+        if not checkpointer.is_serving:
+            return "switched off"
+        if withheld:
+            checkpointer.drop()
+            return f"withheld: {withheld}"
+        if step == self._report.first_step and (asked or self._report.restored is not None):
+            return "nothing new: no step was made"
+        if not asked or (checkpointer.held_step != step and self._loop.position_at_stop() is not None):
+            if self._loop.position() is not None:
+                self._boundary.reach(step)
+            if not self._hold_final(step):
+                return "failed: no snapshot could be taken"
+        held = checkpointer.held_step
+        if not checkpointer.submit_final():
+            return "nothing new: the block was left in the middle of a step, after the newest checkpoint"
+        if held != step:
+            _log.warning("left at step %d in the middle of a step; the last exact state is of step %s", step, held)
+        return f"step {held}"
+
+    def _hold_final(self, step: int) -> bool:
+        try:
+            self.checkpointer.hold_final(step)
+        except Exception as error:
+            self._coordinator.request_stop(error, source="the final snapshot")
+            return False
+        return True
+
+    def _capture(self, step: int) -> PendingSave:
+        staging = self._plan.staging
+        self._warn_of_repetition()
+        self._held_position = position = self._loop.position_at_end()
+        state = {"data": position, "events": [] if self._events is None else self._events.events_of(step)}
+        run_state = encode(state, "the data's position")
+        try:
+            snapshot = self._snapshot(self._session, staging)
+        finally:
+            staging.discard()
+        metrics = self._metrics[1] if self._metrics[0] == step else {}
+        return PendingSave(step, snapshot, run_state, metrics)
+
+    def _warn_of_repetition(self) -> None:
+        if self._loop.is_mid_epoch() and not self._warned:
+            self._warned = True
+            _log.warning(
+                "a checkpoint is taken inside an epoch of sv.epochs whose items do not come from sv.batches; a resumed "
+                "run begins this epoch anew. Take the items from sv.batches(...) to go on with the next one."
+            )
+
+    def _committed(self, name: str, step: int) -> None:
+        logdir = self._plan.logdir
+        if self._events is not None:
+            self._events.add_session_log("CHECKPOINT", step, "" if logdir is None else str(logdir / name))
+        self._plan.hooks.call("supervise_checkpoint_committed", name=name, step=step, logdir=logdir)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        if name in ("supervise-core", "numpy") or name in sys.modules:
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found
