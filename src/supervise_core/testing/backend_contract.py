@@ -62,7 +62,8 @@ class Program:
 
     ``train(session)`` makes one step; it changes every tensor that training changes, and draws from every random
     generator that is part of the state. ``raw()`` gives everything that training changes, by name, as arrays (or what
-    ``numpy.asarray`` takes), plain values or bytes, read from the program's own objects and never through the backend; also before ``init``.
+    ``numpy.asarray`` takes), plain values or bytes, read from the program's own objects and never through the backend.
+    It is also asked before ``init``.
     """
 
     backend: Backend[Any]
