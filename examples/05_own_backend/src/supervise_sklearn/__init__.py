@@ -1,0 +1,1 @@
+"""Supervised training of scikit-learn's ``SGDClassifier``. Importing this package imports no scikit-learn."""
