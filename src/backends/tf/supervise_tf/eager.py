@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
+import numpy as np
 import tensorflow as tf
 
 from supervise_core.backend import Backend
@@ -69,6 +70,7 @@ class EagerBackend(Backend[EagerSession]):
         self._global_step = global_step
 
     def create_session(self, master: str = "", config: Any = None) -> EagerSession:
+        self._build_optimizers()
         return EagerSession(self._parts, self)
 
     def init(self, session: EagerSession) -> None:
@@ -93,7 +95,9 @@ class EagerBackend(Backend[EagerSession]):
 
     def snapshot(self, session: EagerSession, staging: Staging) -> Snapshot:
         for name, part in self._parts.items():
-            staging.put(name, {path: variable.numpy() for path, variable in _variables(part).items()} or _state(part))
+            # a variable without dimensions gives a NumPy scalar, which would be no tensor in the checkpoint
+            values = {path: np.asarray(variable.numpy()) for path, variable in _variables(part).items()}
+            staging.put(name, values or _state(part))
         staging.put(_OWN_PART, {"random": self.random_state(session)})
         return staging.snapshot()
 
@@ -123,7 +127,7 @@ class EagerBackend(Backend[EagerSession]):
             for variable in getattr(part, "trainable_variables", ())
         ]
         for part in self._parts.values():
-            if _is_optimizer(part) and not part.built:
+            if _is_optimizer(part) and not part.built and trainable:
                 part.build(trainable)
 
 
