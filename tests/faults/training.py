@@ -1,0 +1,46 @@
+"""A tiny training program over the public interface. Shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from supervise_core import EverySteps, KeepAll, Supervisor
+from supervise_numpy import ArrayBackend
+
+
+def fill(arrays: Any) -> None:
+    for array in arrays.values():
+        array[...] = -1.0
+
+
+class Program:
+    """Arrays that hold, after step n, the number n; trained from wherever they are."""
+
+    def __init__(self, logdir: Path, **arguments: Any) -> None:
+        self.w: NDArray[np.float64] = np.zeros((7, 3))
+        self.b: NDArray[np.int32] = np.zeros(5, np.int32)
+        self.backend = ArrayBackend({"w": self.w, "b": self.b}, init=fill)
+        defaults: dict[str, Any] = {
+            "save_every": EverySteps(1),
+            "summarize_every": None,
+            "keep": KeepAll(),
+            "signals": False,
+        }
+        self.supervisor = Supervisor(self.backend, logdir, **(defaults | arguments))
+        self.began_at = -1
+
+    def train(self, until: int) -> Program:
+        with self.supervisor.managed_session() as session:
+            self.began_at = session.global_step
+            while not self.supervisor.should_stop() and session.global_step < until:
+                self.w[...] = session.global_step + 1
+                self.b[...] = session.global_step + 1
+                session.global_step += 1
+        return self
+
+    def holds(self, step: int) -> bool:
+        return bool((self.w == step).all() and (self.b == step).all())
