@@ -115,10 +115,12 @@ class Lease:
         :raises LeaseLostError: if another writer has taken over.
         """
         previous, self._beats = self._beats, self._beats + 1
+        following = self.directory / f"{_BEAT}{self._beats}"
         try:
-            self._disk.rename(self.directory / f"{_BEAT}{previous}", self.directory / f"{_BEAT}{self._beats}")
+            self._disk.rename(self.directory / f"{_BEAT}{previous}", following)
         except FileNotFoundError:
-            raise self.lost() from None
+            self.check()
+            write_file(self._disk, following, [])
 
     def leftovers(self) -> list[Path]:
         """Directories of writers that are no more, to be swept by the one who holds the lease."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, Final, Generic, TypeVar
 
 from supervise_core.boundary import StepBoundary, StepCounter
+from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.coordinator import Coordinator, stack_of
 from supervise_core.data_loop import DataLoop
 from supervise_core.lease import BEAT_EVERY
@@ -91,7 +93,7 @@ class Run(Generic[SessionT]):
         content = self.manager.recovery.content
         saved: Mapping[str, Any] = {} if content is None else content.run_state
         position = saved.get("data")
-        self.steps = StepCounter(lambda: backend.global_step(session), (position or {}).get("counted", 0))
+        self.steps = StepCounter(functools.partial(backend.global_step, session), (position or {}).get("counted", 0))
         notify: list[Callable[[int], None]] = []
         unwatch = backend.watch_steps(session, lambda step: notify[0](step))  # noqa: PLW0108 - filled below
         if unwatch is not None:
@@ -103,7 +105,7 @@ class Run(Generic[SessionT]):
             self.steps,
             self.boundary,
             self.coordinator,
-            lambda: backend.mark(session),
+            functools.partial(backend.mark, session),
             backend.run_seed(session),
             position,
         )
@@ -134,7 +136,7 @@ class Run(Generic[SessionT]):
         timer = threading.Thread(target=self._keep_time, name="supervise-core timer", daemon=True)
         self.coordinator.register(timer)
         if self.plan.store is not None and self.plan.is_chief:
-            Looper(self.coordinator, BEAT_EVERY, self.plan.store.beat, name="supervise-core lease").start()
+            Looper(self.coordinator, BEAT_EVERY, _beat, (self.plan.store,), name="supervise-core lease").start()
         try:
             if standard and self.events is not None:
                 self.start_standard_services()
@@ -330,3 +332,11 @@ class Run(Generic[SessionT]):
             return False
         self._signals.end_process_as_signalled()
         return error is not None
+
+
+def _beat(store: CheckpointStore) -> None:
+    """A beat that the disk does not take is no reason to stop; a lease that is lost is."""
+    try:
+        store.beat()
+    except OSError as error:
+        _log.warning("the lease of %s could not be renewed (%s); trying again", store.location, error)
