@@ -1,9 +1,10 @@
-"""Train a linear classifier on handwritten digits. Kill it when you like and start it again: it goes on, bit for bit."""
+"""Train a linear classifier on handwritten digits. Kill it and start it again: it goes on, bit for bit."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ class Shuffled:
         self.inputs, self.labels, self.size = inputs, labels, size
 
     def __len__(self) -> int:
-        return -(-len(self.inputs) // self.size)
+        return math.ceil(len(self.inputs) / self.size)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         order = np.random.permutation(len(self.inputs))
