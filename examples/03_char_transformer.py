@@ -4,7 +4,7 @@ It counts in steps, not in epochs: one endless stream of random windows, whose g
 Gradients are accumulated over two batches; no checkpoint ever holds half a step::
 
     pip install 'supervise-core[torch]'
-    python examples/03_char_transformer.py --logdir runs/characters --steps 60
+    python examples/03_char_transformer.py --logdir runs/characters --steps 100
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class CharacterTransformer(nn.Module):
         super().__init__()
         self.characters = nn.Embedding(len(ALPHABET), WIDTH)
         self.places = nn.Embedding(CONTEXT, WIDTH)
+        nn.init.normal_(self.characters.weight, std=0.05)
         layer = nn.TransformerEncoderLayer(WIDTH, nhead=4, dim_feedforward=4 * WIDTH, dropout=0.1, batch_first=True)
         self.layers = nn.TransformerEncoder(layer, num_layers=2)
         self.scores = nn.Linear(WIDTH, len(ALPHABET), bias=False)
@@ -82,7 +83,7 @@ def main() -> None:
     """Train, and say what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logdir", default="runs/characters")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -101,8 +102,9 @@ def main() -> None:
     )
     with sv.managed_session() as sess:
         print(f"step {sess.global_step}: {sv.report.restored or 'begun anew'}", flush=True)
-        left = ACCUMULATE * (options.steps - sess.global_step)
-        for number, window in zip(range(1, left + 1), sv.batches(windows), strict=False):
+        if sess.global_step >= options.steps:
+            sv.request_stop()
+        for number, window in enumerate(sv.batches(windows), start=1):
             scores = model(window[:, :-1])
             loss = nn.functional.cross_entropy(scores.flatten(0, 1), window[:, 1:].flatten())
             (loss / ACCUMULATE).backward()
@@ -113,6 +115,8 @@ def main() -> None:
                 if sess.global_step % 20 == 0:
                     print(f"step {sess.global_step}: loss {loss.item():.3f}", flush=True)
             sv.scalars(loss=loss)
+            if sess.global_step >= options.steps:
+                sv.request_stop()  # and no break: so the stream's position is kept, and more --steps go on from it
         sample = model.write("The ", 60)
         sv.summary_computed(sess, {"sample": Text(sample)})
     print(f"done: step {sv.global_step}; it writes: {sample!r}")
