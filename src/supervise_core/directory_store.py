@@ -161,7 +161,6 @@ class DirectoryStore(CheckpointStore):
         )
         self._change(self._disk.rename, parcel, shelf / target)
         self._disk.sync_directory(shelf)
-        self._disk.sync_directory(self.path)
 
     def _reason(self, name: str) -> str:
         try:
@@ -182,6 +181,7 @@ class DirectoryStore(CheckpointStore):
             for name in self._disk.names(leftover):
                 parcel = leftover / name
                 if name.startswith((_SET_ASIDE, _RETIRED)) and {*self._disk.names(parcel)} - {_REASON}:
+                    self._disk.sync_directory(parcel)
                     self._deliver(parcel)
             if any(name.startswith(("draft-", "trash-")) for name in self._disk.names(leftover)):
                 _log.info("swept what a writer that is no more left half done in %s", self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from supervise_core.manifest import Manifest
 from supervise_core.retention import KeepLatest
 from supervise_core.snapshot import Staging
 from supervise_core.testing.clock import FakeClock
-from supervise_core.testing.disks import HastyDisk
-from supervise_core.testing.hosts import FakeMachine
+from supervise_core.testing.disks import Crash, HastyDisk, WatchedDisk
+from supervise_core.testing.hosts import FakeHost, FakeMachine
 
 REASON = "the hash is wrong"
 
@@ -85,12 +86,16 @@ def _reader(path: Path):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class Scenario:
-    """``act`` is done by a writer that holds the lease of a directory prepared by ``prepare``; it goes through ``states``."""
+    """``act`` is done by a writer that holds the lease of a directory that ``prepare`` made.
+
+    It goes through ``states``. ``wear`` is what happened to the directory in between.
+    """
 
     name: str
     prepare: Callable[[DirectoryStore], None] | None
     act: Callable[[DirectoryStore], None]
     states: tuple[State, ...]
+    wear: Callable[[Path], None] = lambda logdir: None
 
     def __str__(self) -> str:
         return self.name
@@ -100,6 +105,7 @@ class Scenario:
             store = open_store(logdir, HastyDisk(), FakeMachine("elsewhere").process())
             with store.writing():
                 self.prepare(store)
+        self.wear(logdir)
 
     def run(self, logdir: Path, disk: Disk, host: Host) -> None:
         store = open_store(logdir, disk, host)
@@ -122,6 +128,57 @@ def _with_damaged(store: DirectoryStore) -> None:
     store.set_aside(CheckpointId(3), REASON)
 
 
+def _lose_work_folder(logdir: Path) -> None:
+    """As when the checkpoints alone were copied."""
+    (logdir / ".work").rmdir()
+
+
+def _die(at: str, of: Callable[[DirectoryStore], None]) -> Callable[[Path], None]:
+    """A writer that dies before its first rename to a path that contains ``at``."""
+
+    class Dying(HastyDisk):
+        def rename(self, source: Path, target: Path) -> None:
+            if at in str(target):
+                raise Crash(target)
+            super().rename(source, target)
+
+    def die(logdir: Path) -> None:
+        store = open_store(logdir, Dying(), FakeMachine("gone").process())
+        store.acquire()
+        with contextlib.suppress(Crash):
+            of(store)
+
+    return die
+
+
+def _nothing(store: DirectoryStore) -> None:
+    return None
+
+
+def _die_while_setting_aside(store: DirectoryStore) -> None:
+    """The writer dies when the checkpoint is in its parcel and nothing is synced; the next one finishes the work."""
+    disk, process = store._disk, store._lease._host
+    assert isinstance(disk, WatchedDisk)
+    assert isinstance(process, FakeHost)
+    moved: list[Path] = []
+
+    def after_the_move(method: str, path: Path) -> bool:
+        if method == "rename" and path.name == "model.ckpt-2":
+            moved.append(path)
+        return bool(moved) and method == "sync_directory"
+
+    with disk.interrupted(after_the_move):
+        store.set_aside(CheckpointId(2), REASON)
+    process.die()
+    following = open_store(store.path, disk, process.machine.process())
+    with following.writing():
+        pass
+
+
+def _set_aside(step: int) -> Callable[[DirectoryStore], None]:
+    return lambda store: store.set_aside(CheckpointId(step), REASON)
+
+
 def _c(*steps: int) -> tuple[str, ...]:
     return tuple(f"model.ckpt-{step}" for step in steps)
 
@@ -138,14 +195,41 @@ SCENARIOS = (
     Scenario(
         "set aside",
         _two,
-        lambda store: store.set_aside(CheckpointId(2), REASON),
+        _set_aside(2),
         (State(_c(1, 2)), State(_c(1), ((*_c(2), REASON),))),
     ),
     Scenario(
         "set aside the only one",
         lambda store: save(store, 2),
-        lambda store: store.set_aside(CheckpointId(2), REASON),
+        _set_aside(2),
         (State(_c(2)), State((), ((*_c(2), REASON),))),
+    ),
+    Scenario(
+        "set aside another",
+        _with_damaged,
+        _set_aside(2),
+        (State(_c(1, 2), ((*_c(3), REASON),)), State(_c(1), ((*_c(2), REASON), (*_c(3), REASON)))),
+    ),
+    Scenario(
+        "set aside in a copy",
+        _two,
+        _set_aside(2),
+        (State(_c(1, 2)), State(_c(1), ((*_c(2), REASON),))),
+        _lose_work_folder,
+    ),
+    Scenario("sweep a draft", _two, _nothing, (State(_c(1, 2)),), _die("/model.ckpt-3", lambda store: save(store, 3))),
+    Scenario(
+        "sweep evidence",
+        _with_damaged,
+        _nothing,
+        (State(_c(1), ((*_c(2), REASON), (*_c(3), REASON))),),
+        _die("/set-aside/", _set_aside(2)),
+    ),
+    Scenario(
+        "set aside by two",
+        _with_damaged,
+        _die_while_setting_aside,
+        (State(_c(1, 2), ((*_c(3), REASON),)), State(_c(1), ((*_c(2), REASON), (*_c(3), REASON)))),
     ),
     Scenario(
         "retire",

@@ -10,7 +10,8 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
@@ -30,6 +31,18 @@ class WatchedDisk(Disk):
     def __init__(self) -> None:
         self.calls: list[tuple[str, Path]] = []
         self._paths: dict[int, Path] = {}
+        self._interruption: Callable[[str, Path], bool] = lambda *_: False
+
+    @contextmanager
+    def interrupted(self, when: Callable[[str, Path], bool]) -> Generator[None, None, None]:
+        """The first of two writers on this disk dies in this block, before the call that ``when`` says yes to."""
+        self._interruption = when
+        try:
+            yield
+        except Crash:
+            pass
+        finally:
+            self._interruption = lambda *_: False
 
     def about_to(self, method: str, path: Path) -> None:
         """Called before each changing call; whatever it raises, the call does not happen."""
@@ -43,6 +56,8 @@ class WatchedDisk(Disk):
 
     def _before(self, method: str, path: Path) -> None:
         self.calls.append((method, path))
+        if self._interruption(method, path):
+            raise Crash(f"before {method} {path}")
         self.about_to(method, path)
 
     def make_directory(self, path: Path) -> None:
@@ -277,8 +292,8 @@ class LossyDisk(CrashingDisk):
     survive only in their order. Nothing else is promised, and so nothing else is assumed: not that what is below a new
     directory waits for its name, nor that changes of different names keep their order.
 
-    ``without(number, method, path)`` drops a sync that it says yes to, silently; syncs are numbered from 1. None of them
-    reaches the real disk. All changes below ``root`` must go through this one.
+    ``without(number, method, path)`` drops a sync that it says yes to, silently; syncs are numbered from 1. None of
+    them reaches the real disk. All changes below ``root`` must go through this one.
     """
 
     def __init__(

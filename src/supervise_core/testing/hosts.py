@@ -33,17 +33,17 @@ class FakeHost(Host):
     """The machine as one of its processes sees it; ``die`` ends the process."""
 
     def __init__(self, machine: FakeMachine, identity: Identity) -> None:
-        self._machine = machine
+        self.machine = machine
         self._identity = identity
 
     def die(self) -> None:
         """The process is no more; its leases may be taken away."""
-        self._machine.living.discard(self._identity)
+        self.machine.living.discard(self._identity)
 
     def identity(self) -> Identity:
         return self._identity
 
     def is_alive(self, other: Identity) -> bool | None:
-        if other.boot != self._machine.boot:
+        if other.boot != self.machine.boot:
             return None
-        return other in self._machine.living
+        return other in self.machine.living
