@@ -26,7 +26,8 @@ class StopCause:
     def __str__(self) -> str:
         if self.error is None:
             return self.source
-        return f"{self.source}: {type(self.error).__name__}: {self.error}"
+        said = f": {self.error}" if str(self.error) else ""
+        return f"{self.source}: {type(self.error).__name__}{said}"
 
 
 class StopSignal:

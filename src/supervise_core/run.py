@@ -124,9 +124,11 @@ class Run(Generic[SessionT]):
         plan = self.plan
         if plan.store is None or plan.operations.snapshot is None or not plan.is_chief:
             return
+        content = self.manager.recovery.content
         self.saver = RunSaver(
             plan, plan.store, plan.operations.snapshot, self.session,
             self.loop, self.boundary, self.coordinator, self.events, self.report,
+            {} if content is None else content.manifest.metrics,
         )  # fmt: skip
         self.loop.stopping = self.saver.hold_at_stop
         self.loop.exhausted = self.saver.hold_at_exhaustion

@@ -43,6 +43,7 @@ class RunSaver:
         coordinator: Coordinator,
         events: EventLog | None,
         report: RunReport,
+        metrics: Mapping[str, float],
     ) -> None:
         self._plan = plan
         self._snapshot = snapshot
@@ -52,7 +53,7 @@ class RunSaver:
         self._coordinator = coordinator
         self._events = events
         self._report = report
-        self._metrics: tuple[int, dict[str, float]] = (-1, {})
+        self._metrics: tuple[int, dict[str, float]] = (report.first_step, dict(metrics))
         self._held_position: object = None
         self._warned = False
         labels = CheckpointLabels(plan.backend.name, _versions())

@@ -265,7 +265,7 @@ class SessionManager(Generic[SessionT]):
         if store is not None and own is not None:
             newer = [checkpoint for checkpoint in store.checkpoints() if checkpoint > own]
             self._retire(store, newer, f"resume={path.name}")
-        self.recovery.restored = str(path)
+        self.recovery.restored = str(path) if own is None else path.name
         return content
 
     def _open_chosen(self, path: Path) -> CheckpointReader:
