@@ -1,0 +1,1 @@
+"""What supervision costs, measured beside what it is compared with: ``make bench``."""
