@@ -140,6 +140,13 @@ class DataLoop:
     def batches(self, data: Any, name: str) -> Batches:
         return Batches(self, data, self._streams.setdefault(name, Stream(name)))
 
+    def close(self) -> None:
+        """The session ends: let go of the data, and of the processes that load it."""
+        self.is_over = True
+        for stream in self._streams.values():
+            if stream.source is not None:
+                stream.source.close()
+
     # ---- positions
 
     def position(self) -> dict[str, Any] | None:

@@ -238,7 +238,8 @@ class Run(Generic[SessionT]):
         try:
             self._finish(error, threads, close_summary_writer)
         finally:
-            self._closed = self.loop.is_over = True
+            self._closed = True
+            self.loop.close()
             self._guard(self._home.close, "the end of the session")
             if close_summary_writer:
                 self.close_events()

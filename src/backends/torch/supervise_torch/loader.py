@@ -12,15 +12,17 @@ Other datasets and loaders are replayed: begun again, and drawn from up to the p
 
 from __future__ import annotations
 
+import atexit
 import copy
 import ctypes
 import hashlib
+import multiprocessing.process
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.utils.data import (
@@ -67,7 +69,7 @@ class LoaderSource(BatchSource):
             self._set_generators(state)
         self._generators = {name: _state_of(generator) for name, generator in _generators_of(self._loader).items()}
         if self._replays:
-            self._batches = _Isolated(_fresh_clone(self._loader, seed), seed)
+            self._batches = _Isolated(_Watched(_fresh_clone(self._loader, seed)), seed)
             _skip(self._batches, consumed)
             return
         order = _Order(self._loader, seed)
@@ -197,7 +199,7 @@ class _Clone:
     def begin(self, order: Iterator[_Request], seed: int) -> Iterator[Any]:
         self._requests.order = order
         self._generator.manual_seed(seed)
-        return iter(self._loader)
+        return iter(_Watched(self._loader))
 
 
 _clones: WeakKeyDictionary[DataLoader[Any], _Clone] = WeakKeyDictionary()
@@ -231,6 +233,32 @@ def _options_of(loader: DataLoader[Any], generator: torch.Generator) -> dict[str
     if loader.num_workers > 0:
         options |= {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
     return options
+
+
+class _Watched:
+    """A loader whose workers do not outlive the program."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        items = iter(self._loader)
+        _workers.update(getattr(items, "_workers", ()))
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # before what PyTorch has registered for them, which waits
+        return items
+
+
+_workers: WeakSet[multiprocessing.process.BaseProcess] = WeakSet()
+
+
+def _end_workers() -> None:
+    """``multiprocessing`` sends them a SIGTERM at the end of the program and waits for them; but they ignore it."""
+    alive = [worker for worker in _workers if worker.is_alive()]
+    if alive:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes it for an accident
+    for worker in alive:
+        worker.kill()
 
 
 class _WorkerInit:
