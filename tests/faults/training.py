@@ -9,12 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supervise_core import EverySteps, KeepAll, Supervisor
-from supervise_numpy import ArrayBackend
+from supervise_core.snapshot import Snapshot, Staging
+from supervise_core.testing.clock import eventually
+from supervise_numpy import ArrayBackend, ArraySession
 
 
 def fill(arrays: Any) -> None:
     for array in arrays.values():
         array[...] = -1.0
+
+
+class CountingBackend(ArrayBackend):
+    """Counts its snapshots: all that the core asks for, written or not."""
+
+    snapshots = 0
+
+    def snapshot(self, session: ArraySession, staging: Staging) -> Snapshot:
+        self.snapshots += 1
+        return super().snapshot(session, staging)
 
 
 class Program:
@@ -23,7 +35,7 @@ class Program:
     def __init__(self, logdir: Path, **arguments: Any) -> None:
         self.w: NDArray[np.float64] = np.zeros((7, 3))
         self.b: NDArray[np.int32] = np.zeros(5, np.int32)
-        self.backend = ArrayBackend({"w": self.w, "b": self.b}, init=fill)
+        self.backend = CountingBackend({"w": self.w, "b": self.b}, init=fill)
         defaults: dict[str, Any] = {
             "save_every": EverySteps(1),
             "summarize_every": None,
@@ -32,6 +44,11 @@ class Program:
         }
         self.supervisor = Supervisor(self.backend, logdir, **(defaults | arguments))
         self.began_at = -1
+
+    def settle(self) -> None:
+        """Wait until what was captured is written, or has failed. The first snapshot is a rehearsal."""
+        report = self.supervisor.report
+        eventually(lambda: report.saves + report.failed_saves >= self.backend.snapshots - 1)
 
     def train(self, until: int) -> Program:
         with self.supervisor.managed_session() as session:
