@@ -258,8 +258,7 @@ class Run(Generic[SessionT]):
         grace = _GRACE_WHEN_INSISTED if self._signals.insisted else self.plan.grace
         asked = self.coordinator.should_stop()
         self.coordinator.request_stop(source="the end of the training block")
-        if self.saver is not None:
-            self.report.final_save = self.saver.take_last(asked, withheld)
+        self.report.final_save = "switched off" if self.saver is None else self.saver.take_last(asked, withheld)
         self._stop_services(grace, threads)
         if self.saver is not None and (failed := self.saver.checkpointer.finish()) is not None:
             self.report.final_save = f"failed: {failed}"
