@@ -224,21 +224,21 @@ class Checkpointer:
             self._appointment.postpone(RETRY_AFTER[self._failures - 1])
 
     def _commit(self, pending: PendingSave) -> None:
-        existing = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step == pending.step]
-        target = CheckpointId(pending.step, existing[-1].revision + 1 if existing else 0)
-        draft = self._store.begin(target)
+        same_step = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step == pending.step]
+        older = same_step[-1] if same_step else None
+        draft = self._store.begin(CheckpointId(pending.step, 0 if older is None else older.revision + 1))
         try:
             files = write_snapshot(draft, pending.snapshot, pending.run_state)
             manifest = self._manifest(pending, files)
-            if existing and self._is_same(existing[-1], manifest):
+            if older is not None and self._is_same(older, manifest):
                 draft.discard()
                 return
-            draft.commit(manifest)
+            committed = draft.commit(manifest, replaces=older)
         except Exception:
             _discard(draft.discard)
             raise
         self._report.saves += 1
-        self._report.last_saved = self._store.name_of(target)
+        self._report.last_saved = self._store.name_of(committed)
         _log.info("saved %s in %s", self._report.last_saved, self._store.location)
         self._committed(self._report.last_saved, pending.step)
         prune(self._store, self._keep)

@@ -187,11 +187,25 @@ class DirectoryStore(CheckpointStore):
                 _log.info("swept what a writer that is no more left half done in %s", self.path)
             remove_tree(self._disk, leftover)
 
-    def commit(self, draft: Path, checkpoint: CheckpointId) -> None:
+    def commit(self, draft: Path, checkpoint: CheckpointId, replaces: CheckpointId | None) -> CheckpointId:
         """Make a finished draft a checkpoint; for the draft alone."""
         self._disk.sync_directory(draft)
+        if replaces is not None and self._exchange(draft, self.path / self.name_of(replaces)):
+            self._disk.sync_directory(self.path)
+            remove_tree(self._disk, draft)  # by this name it is now what was replaced
+            return replaces
         self._change(self._disk.rename, draft, self.path / self.name_of(checkpoint))
         self._disk.sync_directory(self.path)
+        return checkpoint
+
+    def _exchange(self, draft: Path, place: Path) -> bool:
+        try:
+            self._change(self._disk.exchange, draft, place)
+        except OSError as error:
+            if error.errno == errno.ENOTSUP:
+                return False
+            raise
+        return True
 
     def write(self, draft: Path, file: str, chunks: Iterable[Chunk]) -> None:
         """Write one durable file of a draft; for the draft alone."""
@@ -216,10 +230,9 @@ class _DirectoryDraft(Draft):
     def write(self, file: str, chunks: Iterable[Chunk]) -> None:
         self._store.write(self._path, check_file_name(file), chunks)
 
-    def commit(self, manifest: Manifest) -> CheckpointId:
+    def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:
         self._store.write(self._path, MANIFEST, [manifest.to_bytes()])
-        self._store.commit(self._path, self._checkpoint)
-        return self._checkpoint
+        return self._store.commit(self._path, self._checkpoint, replaces)
 
     def discard(self) -> None:
         self._store.discard(self._path)

@@ -6,6 +6,7 @@ what was never fsynced.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -15,6 +16,9 @@ from typing import Final
 from weakref import finalize
 
 _READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 
 
 class Disk:
@@ -55,6 +59,13 @@ class Disk:
     def rename(self, source: Path, target: Path) -> None:
         """Rename; the target must not exist as a non-empty directory."""
         os.rename(source, target)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Give each of two names what the other one names, in one instant.
+
+        :raises OSError: with ``errno.ENOTSUP`` where the system or the file system cannot.
+        """
+        _exchange(os.fsencode(one), os.fsencode(other))
 
     def remove_file(self, path: Path) -> None:
         os.unlink(path)
@@ -126,6 +137,20 @@ class OpenDirectory:
     def close(self) -> None:
         """Let go of the files; safe to call twice, and done by the garbage collector at the latest."""
         self._finalizer()
+
+
+def _exchange(one: bytes, other: bytes) -> None:
+    """``renameat2`` with ``RENAME_EXCHANGE`` (Linux 3.15; see its manual page), which Python does not offer."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        raise OSError(errno.ENOTSUP, "this system cannot exchange two names") from None
+    if renameat2(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(errno.ENOTSUP, "this file system cannot exchange two names", os.fsdecode(other))
+    raise OSError(number, os.strerror(number), os.fsdecode(other))
 
 
 def _open_regular_files(directory: int, opened: list[int]) -> Iterable[tuple[str, int]]:

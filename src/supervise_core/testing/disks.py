@@ -90,6 +90,10 @@ class WatchedDisk(Disk):
         self._before("rename", target)
         super().rename(source, target)
 
+    def exchange(self, one: Path, other: Path) -> None:
+        self._before("exchange", other)
+        super().exchange(one, other)
+
     def remove_file(self, path: Path) -> None:
         self._before("remove_file", path)
         super().remove_file(path)
@@ -364,6 +368,10 @@ class LossyDisk(CrashingDisk):
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
         self._change((source, None), (target, self._node(source)))
+
+    def exchange(self, one: Path, other: Path) -> None:
+        super().exchange(one, other)
+        self._change((one, self._node(other)), (other, self._node(one)))
 
     def remove_file(self, path: Path) -> None:
         super().remove_file(path)

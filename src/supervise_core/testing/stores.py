@@ -109,9 +109,12 @@ class _MemoryDraft(Draft):
             raise FileExistsError(f"{file} was written already")
         self._files[file] = b"".join(bytes(chunk) for chunk in chunks)
 
-    def commit(self, manifest: Manifest) -> CheckpointId:
+    def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:
         self._store.check_lease()
         committed = self._store.place.committed
+        if replaces is not None:
+            committed[replaces] = self._files | {MANIFEST: manifest.to_bytes()}
+            return replaces
         if self._checkpoint in committed:
             raise FileExistsError(f"there is a checkpoint {self._store.name_of(self._checkpoint)} already")
         committed[self._checkpoint] = self._files | {MANIFEST: manifest.to_bytes()}
