@@ -37,6 +37,7 @@ class StepCounter:
         return self.read() is None
 
     def now(self) -> int:
+        """The step of this moment."""
         step = self.read()
         return self.counted if step is None else step
 
@@ -72,6 +73,7 @@ class Appointment:
         self._boundary.reschedule()
 
     def is_due(self, step: int, now: float) -> bool:
+        """Whether it is to be done at this step, at this second."""
         due = self.due
         return (
             self._requested
@@ -80,6 +82,7 @@ class Appointment:
         )
 
     def fire(self, step: int, now: float) -> None:
+        """Do it, and ask the trigger when to do it next."""
         self.fired_by_time = not self._requested and (self.due.step is None or step < self.due.step)
         self._requested = self._warned = self.approaching = False
         self._last = Firing(step, now)

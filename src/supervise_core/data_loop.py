@@ -87,6 +87,7 @@ class Stream:
         return self.source is not None and not self.finished
 
     def end_of_epoch(self) -> None:
+        """Forget the passes of the epoch that has ended."""
         self.in_epoch = self.seen = 0
         self.resuming = None
         if self.source is not None:
@@ -135,9 +136,11 @@ class DataLoop:
     # ---- what users iterate over
 
     def epochs(self, count: int, name: str) -> Iterator[int]:
+        """What ``sv.epochs`` gives."""
         return Epochs(self, count, name)
 
     def batches(self, data: Any, name: str) -> Batches:
+        """What ``sv.batches`` gives."""
         return Batches(self, data, self._streams.setdefault(name, Stream(name)))
 
     def close(self) -> None:
@@ -217,9 +220,11 @@ class DataLoop:
         return stream.in_hand > 0 and (stream.trains or stream.name == self.counting)
 
     def is_outermost(self, batches: Batches) -> bool:
+        """Rule 2: whether the ``next()`` of this one is the boundary."""
         return self._outermost() is batches
 
     def length_of(self, data: Any) -> int | None:
+        """How many items a whole pass over the data has; None if nobody knows."""
         return self._source_of(data, 0).length()
 
     def _outermost(self) -> Batches | None:
@@ -325,6 +330,7 @@ class DataLoop:
         self._step_at_epoch = None
 
     def is_settled_for_stop(self) -> bool:
+        """Whether a loop that is asked to stop may end here."""
         return self._settled() and self.is_between_steps()
 
 

@@ -43,6 +43,7 @@ class Disk:
         os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
+        """Let go of a file that was created."""
         os.close(descriptor)
 
     def sync_directory(self, path: Path) -> None:
@@ -68,6 +69,7 @@ class Disk:
         _exchange(os.fsencode(one), os.fsencode(other))
 
     def remove_file(self, path: Path) -> None:
+        """Remove one file's name."""
         os.unlink(path)
 
     def remove_directory(self, path: Path) -> None:
@@ -118,9 +120,11 @@ class OpenDirectory:
             raise
 
     def size(self, name: str) -> int:
+        """The size of a file in bytes."""
         return os.fstat(self.files[name]).st_size
 
     def read(self, name: str) -> bytearray:
+        """The whole content of a file; shorter if the file was cut off meanwhile."""
         descriptor = self.files[name]
         content = bytearray(self.size(name))
         view = memoryview(content)

@@ -24,6 +24,7 @@ class Identity:
     started: int
 
     def to_json(self) -> dict[str, Any]:
+        """As plain data."""
         return asdict(self)
 
     @classmethod

@@ -56,6 +56,7 @@ class Looper(threading.Thread):
         return looper
 
     def run(self) -> None:
+        """The body of the thread."""
         with self._coordinator.stop_on_exception(f"service {self.name!r}"):
             due = self._coordinator.clock.monotonic()
             while not self._coordinator.should_stop():

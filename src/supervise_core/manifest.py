@@ -52,6 +52,7 @@ class Manifest:
     run: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_bytes(self) -> bytes:
+        """As the content of the manifest's file."""
         body = {
             "format_version": FORMAT_VERSION,
             "step": self.step,

@@ -36,6 +36,7 @@ class Due:
     seconds: float | None = None
 
     def earliest(self, other: Due) -> Due:
+        """Whichever of the two comes first, in steps and in seconds."""
         return Due(_earlier(self.step, other.step), _earlier(self.seconds, other.seconds))
 
 
