@@ -41,19 +41,20 @@ class Cursor:
     def __init__(self, items: int, rng: np.random.Generator) -> None:
         self.items = items
         self.rng = rng
-        self.order: list[int] = []
+        self.order: list[int] | None = None
 
     def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
-        if not self.order:
+        if self.order is None:
             self.order = self.rng.permutation(self.items).tolist()
         while self.order:
             yield np.full(4, self.order.pop()) + self.rng.normal(size=4) + random.random()
+        self.order = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"order": list(self.order)}
+        return {"order": None if self.order is None else list(self.order)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order = list(state["order"])
+        self.order = state["order"]
 
 
 def say(**facts: Any) -> None:
