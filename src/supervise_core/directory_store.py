@@ -169,7 +169,7 @@ class DirectoryStore(CheckpointStore):
             return "no reason recorded"
         try:
             record = json.loads(self._disk.read(directory, _REASON)) if _REASON in directory.files else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             record = {}
         finally:
             directory.close()

@@ -207,7 +207,7 @@ class Lease:
             return None
         try:
             record = json.loads(self._disk.read(directory, _OWNER)) if _OWNER in directory.files else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         finally:
             directory.close()

@@ -100,9 +100,10 @@ def _dtype_from_json(described: Json) -> np.dtype[Any]:
             raise ValueError(
                 f"NumPy has no dtype {described.removeprefix(_EXTENDED)}; type: pip install ml_dtypes"
             ) from None
-        extended: np.dtype[Any] = numpy.dtype(getattr(ml_dtypes, described.removeprefix(_EXTENDED)))
-        return extended
-    dtype: np.dtype[Any] = numpy.lib.format.descr_to_dtype(_tupled(described))
+        kind = getattr(ml_dtypes, described.removeprefix(_EXTENDED), None)
+        dtype: np.dtype[Any] = numpy.dtype("O" if kind is None else kind)
+    else:
+        dtype = numpy.lib.format.descr_to_dtype(_tupled(described))
     if dtype.hasobject:
         raise ValueError(f"{described!r} is not a dtype of plain data")
     return dtype

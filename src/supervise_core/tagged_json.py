@@ -143,7 +143,15 @@ def _decode_numpy_scalar(dtype: str, content: str) -> Any:
     kind = numpy.dtype(dtype)
     if kind.hasobject:
         raise ValueError(f"a scalar of dtype {dtype} is not data")
-    return numpy.frombuffer(base64.b64decode(content), kind)[0]
+    data = base64.b64decode(content)
+    if kind.kind == "S":  # NumPy takes zeros at the end of a text for padding, where these are the text
+        return numpy.bytes_(data[: kind.itemsize])
+    if kind.kind == "U":
+        order = "be" if kind.str.startswith(">") else "le"
+        return numpy.str_(data[: kind.itemsize].decode(f"utf-32-{order}", "surrogatepass"))
+    if len(data) != kind.itemsize or not data:
+        raise ValueError(f"{len(data)} bytes are not a scalar of dtype {dtype}")
+    return numpy.frombuffer(data, kind)[0]
 
 
 def _decode_tagged(tag: str, data: dict[str, Json], leaf: LeafDecoder | None) -> Any:
