@@ -80,7 +80,7 @@ def _plain_name(code: str) -> str:
 def _dtype_to_json(dtype: np.dtype[Any]) -> Json:
     import numpy
 
-    if dtype.names is None and dtype.kind in "Vf" and dtype.type.__module__ == "ml_dtypes":
+    if dtype.names is None and dtype.isnative and dtype.type.__module__ == "ml_dtypes":
         return _EXTENDED + dtype.name
     if dtype.type.__module__ not in ("numpy", "numpy.dtypes"):
         raise TypeError(f"the dtype {dtype} is an extension that has no written form")

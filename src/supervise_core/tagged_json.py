@@ -132,7 +132,7 @@ class _Encoder:
 
 def _encode_numpy_scalar(value: Any, path: str) -> Json:
     dtype = value.dtype
-    if dtype.hasobject or dtype.names or dtype.kind == "V":
+    if dtype.hasobject or dtype.names or dtype.kind == "V" or dtype.type.__module__ != "numpy":
         raise UnsupportedStateError(path, f"NumPy scalars of dtype {dtype} cannot be written as data; use an array")
     return {"$numpy": [dtype.str, base64.b64encode(value.tobytes()).decode("ascii")]}
 
