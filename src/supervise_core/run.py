@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -50,6 +51,7 @@ class Run(Generic[SessionT]):
         self._signals = StopSignals(coordinator)
         self._services: list[Service] = []
         self._home = ExitStack()
+        self._left_by: BaseException | None = None
         self._closed = False
 
     # ---- the road
@@ -239,7 +241,7 @@ class Run(Generic[SessionT]):
             self._finish(error, threads, close_summary_writer)
         finally:
             self._closed = True
-            self.loop.close()
+            self._guard(self.loop.close, "the end of the data")
             self._guard(self._home.close, "the end of the session")
             if close_summary_writer:
                 self.close_events()
@@ -254,9 +256,10 @@ class Run(Generic[SessionT]):
         self, error: BaseException | None, threads: Iterable[threading.Thread], close_summary_writer: bool
     ) -> None:
         self._signals.saving = True
+        self._left_by = error
+        asked = self.coordinator.should_stop()
         withheld = self._judge(error)
         grace = _GRACE_WHEN_INSISTED if self._signals.insisted else self.plan.grace
-        asked = self.coordinator.should_stop()
         self.coordinator.request_stop(source="the end of the training block")
         self.report.final_save = "switched off" if self.saver is None else self.saver.take_last(asked, withheld)
         self._stop_services(grace, threads)
@@ -307,8 +310,7 @@ class Run(Generic[SessionT]):
         report = self.report
         report.cause = self.coordinator.cause
         report.errors = list(self.coordinator.errors)
-        first = self._signals.first
-        report.exit_status = 1 if report.errors else 0 if first is None else exit_status_of(first)
+        report.exit_status = 1 if report.errors else _exit_status(self._left_by, self._signals)
         _log.info("run ended: %s", report)
         self.plan.hooks.call("supervise_run_closed", report=report)
 
@@ -334,6 +336,19 @@ class Run(Generic[SessionT]):
             return False
         self._signals.end_process_as_signalled()
         return error is not None
+
+
+def _exit_status(left_by: BaseException | None, signals: StopSignals) -> int:
+    """What Python would end a process with that was left so."""
+    match left_by:
+        case KeyboardInterrupt():
+            return exit_status_of(signal.SIGINT)
+        case SystemExit(code=int(code)):
+            return code
+        case SystemExit(code=code) if code is not None:
+            return 1
+        case _:
+            return 0 if signals.first is None else exit_status_of(signals.first)
 
 
 def _beat(store: CheckpointStore) -> None:
