@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,14 @@ def test_using_tensorflow_does_not_import_torch() -> None:
         pytest.skip("tensorflow is not installed")
     code = "import supervise_tf\n[getattr(supervise_tf, name) for name in supervise_tf.__all__]"
     assert imported_in_a_fresh_process(code, {"torch"}) == set()
+
+
+def test_the_package_tells_its_floors() -> None:
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    [contract] = [one for one in configuration["tool"]["importlinter"]["contracts"] if one["type"] == "layers"]
+    checked = [set(layer.replace(" ", "").split("|")) for layer in contract["layers"] if layer != "testing"]
+    told = re.findall(r"^ +\d+   (.*)$", supervise_core.__doc__ or "", re.MULTILINE)
+    assert [set(line.replace(" ", "").split(",")) for line in told] == checked
 
 
 def test_floors() -> None:
