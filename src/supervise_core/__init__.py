@@ -17,8 +17,8 @@ The floors of this package, from what users call down to what knows nothing; imp
 
 Floors 9 to 11 are the road of a run and its loop; 7 and 8 save and recover; 4 to 6 are checkpoints on disk and the port
 to a framework; 0 to 3 are values, time, threads, and formats. A machine checks this, and that no module is left out
-(``[tool.importlinter]`` in ``pyproject.toml``). Nothing here imports a framework; NumPy is imported when the first array
-is met. ``testing`` is for tests, and nothing imports it.
+(``[tool.importlinter]`` in ``pyproject.toml``). Nothing here imports a framework; NumPy is imported when the first
+array is met. ``testing`` is for tests, and nothing imports it.
 """
 
 from __future__ import annotations
