@@ -17,6 +17,9 @@ _DTYPES: Final = {
     torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _TORCH_DTYPES: Final = {code: dtype for dtype, code in _DTYPES.items()}
+_NARROW: Final = frozenset(
+    getattr(torch, name) for bits in range(1, 8) for name in (f"int{bits}", f"uint{bits}") if hasattr(torch, name)
+)  # PyTorch has no copy for these, which take a byte each; their bytes can be copied
 _PLAIN_TYPES: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -47,7 +50,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
             for tensor, memory in pairs:
                 if not tensor.numel():
                     continue
-                plain = tensor.detach().resolve_conj().resolve_neg()
+                plain = _copyable(tensor.detach().resolve_conj().resolve_neg())
                 if plain.device.type == "cuda":
                     on_cuda.setdefault(plain.device, []).append((plain, memory))
                 else:
@@ -71,7 +74,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
             raise ValueError(f"{stored.spec.nbytes} bytes are not a tensor of dtype {dtype} and shape {shape}")
         if result.numel():
             source = torch.frombuffer(bytearray(stored.data), dtype=torch.uint8).view(dtype).reshape(shape)
-            result.copy_(source)
+            _copyable(result).copy_(_copyable(source))
         return result
 
     def dtype_and_shape(self, stored: TensorData) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -170,6 +173,10 @@ def _is_permuted(value: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _copyable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype in _NARROW else tensor
 
 
 def _typed(memory: memoryview, like: torch.Tensor) -> torch.Tensor:
