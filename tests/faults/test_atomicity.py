@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable
@@ -14,7 +17,9 @@ from types import FrameType
 
 import pytest
 from scenarios import SCENARIOS, Scenario, State, open_store, save, state_of
+from training import Program
 
+from supervise_core import CheckpointDirectory
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.testing.disks import (
     AnyOutcome,
@@ -195,3 +200,79 @@ def test_each_sync_is_necessary(quick_path: Path, seed: int) -> None:
     ]
     assert needless == []
     assert len(places) >= 10
+
+
+# ---- processes that are really killed
+
+
+_KILLED_AT_A_CALL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from training import Program
+from supervise_core import KeepLatest
+from supervise_core.directory_store import DirectoryStore
+from supervise_core.testing.disks import KillingDisk
+logdir = Path(sys.argv[2])
+Program(logdir, keep=KeepLatest(2), store=DirectoryStore(logdir, disk=KillingDisk(int(sys.argv[3])))).train(10**9)
+"""
+
+_TRAINS_UNTIL_KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from training import Program
+from supervise_core import KeepLatest
+program = Program(Path(sys.argv[2]), keep=KeepLatest(2))
+print("ready", flush=True)
+program.train(10**9)
+"""
+
+
+def start(program: str, logdir: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(logdir), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def check_after_kill(logdir: Path, oldest: int) -> int:
+    """All that is listed is whole; the next run goes on from the newest, with no litter left. Where it went on from."""
+    checkpoints = CheckpointDirectory(logdir)
+    for step in checkpoints.steps():
+        checkpoints.at(step).verify()
+    newest = max(checkpoints.steps(), default=0)
+    assert newest >= oldest
+    program = Program(logdir)
+    with program.supervisor.managed_session() as session:
+        assert session.global_step == newest
+        assert program.holds(newest) or newest == 0
+        program.supervisor.request_stop()
+    assert program.supervisor.report.set_aside == {}
+    assert list((logdir / ".work").iterdir()) == []
+    return newest
+
+
+@pytest.mark.campaign(small=8, soak=200)
+def test_killed_before_a_random_call(tmp_path: Path, count: int, seed: int) -> None:
+    chance = random.Random(seed)
+    reached = 0
+    for _ in range(count):
+        with start(_KILLED_AT_A_CALL, tmp_path / "digits", str(chance.randrange(1, 120))) as process:
+            assert process.wait(60) == -signal.SIGKILL
+        reached = check_after_kill(tmp_path / "digits", reached)
+    assert reached > 0
+
+
+@pytest.mark.campaign(small=8, soak=200)
+def test_killed_at_a_random_instant(tmp_path: Path, count: int, seed: int) -> None:
+    """From the moment at which it begins to open its session until well into its training."""
+    chance = random.Random(seed)
+    reached = 0
+    for _ in range(count):
+        with start(_TRAINS_UNTIL_KILLED, tmp_path / "digits") as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(chance.random() * 0.4)
+            process.kill()
+        reached = check_after_kill(tmp_path / "digits", reached)
+    assert reached > 0
