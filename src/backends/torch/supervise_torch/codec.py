@@ -89,7 +89,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
     def identity(self, value: torch.Tensor) -> Hashable | None:
         if type(value) not in _PLAIN_TYPES or value.layout is not torch.strided or not value.numel():
             return None
-        if value.is_meta or value.is_conj() or value.is_neg():
+        if value.is_nested or value.is_meta or value.is_conj() or value.is_neg():
             return None
         return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, str(value.device)
 
