@@ -62,9 +62,7 @@ class _Mark:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, _Mark)
-            and self._forwards == other._forwards
-            and torch.equal(self._random, other._random)
+            isinstance(other, _Mark) and self._forwards == other._forwards and torch.equal(self._random, other._random)
         )
 
     __hash__ = None  # type: ignore[assignment]

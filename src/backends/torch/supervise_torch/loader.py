@@ -4,8 +4,9 @@ For a dataset with indices, the order of a pass is drawn when the pass begins, u
 drawn again, and what was used is skipped without being loaded. Each batch is fetched and collated under a seed made of
 the run's seed, the pass and the number of the batch, set around the fetch in whichever process does it. So random
 augmentation does not depend on the number of workers nor on where a run was cut in two, and fetching leaves the random
-state of the loop alone. (Bare PyTorch seeds each worker once instead.) Generators given to a loader or a sampler are
-drawn from as usual, and their states at the beginning of the pass are saved.
+state of the loop alone. Generators that a dataset keeps in its attributes are seeded in the same way. (Bare PyTorch
+seeds each worker once instead, and hands it a copy of those.) Generators given to a loader or a sampler are drawn from as
+usual, and their states at the beginning of the pass are saved; others that a sampler keeps are seeded for the pass.
 
 Other datasets and loaders are replayed: begun again, and drawn from up to the position.
 """
@@ -39,7 +40,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from supervise_core.data_source import BatchSource, length_of
 from supervise_core.errors import DataPositionError
-from supervise_torch.random_state import cpu_random_state, isolated_random
+from supervise_torch.random_state import cpu_random_state, generators_within, isolated_random, reseed
 
 _PR_SET_PDEATHSIG: Final = 1
 _DRAWN_AT_ONCE: Final = (
@@ -69,6 +70,7 @@ class LoaderSource(BatchSource):
             self._set_generators(state)
         self._generators = {name: _state_of(generator) for name, generator in _generators_of(self._loader).items()}
         if self._replays:
+            reseed(generators_within(self._loader.dataset), seed)
             self._batches = _Isolated(_Watched(_fresh_clone(self._loader, seed)), seed)
             _skip(self._batches, consumed)
             return
@@ -109,6 +111,9 @@ class _Order:
             with isolated_random(seed):
                 self._indices = iter(list(sampler))
         else:
+            given = _generators_of(loader).values()
+            kept = [one for one in generators_within(sampler) if all(one is not other for other in given)]
+            reseed(kept, seed)
             self._indices = _Isolated(sampler, seed)
 
     def skip(self, count: int) -> None:
@@ -155,9 +160,13 @@ class _SeededDataset(Dataset[Any]):
     def __init__(self, dataset: Any, collate: Callable[[Any], Any]) -> None:
         self._dataset = dataset
         self._collate = collate
+        self._generators: list[Any] | None = None
 
     def __getitem__(self, request: _Request) -> Any:
         with isolated_random(request.seed):
+            if self._generators is None:  # only now, in the process that fetches, after its worker_init_fn
+                self._generators = generators_within(self._dataset)
+            reseed(self._generators, request.seed)
             return self._collate(self._fetch(request.indices))
 
     def _fetch(self, indices: Any) -> Any:

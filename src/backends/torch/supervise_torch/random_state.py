@@ -36,6 +36,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+_GENERATORS = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
+_MOST_VISITED = 1000
+_LONGEST_VISITED = 100  # a longer list holds data
+
+
 @contextmanager
 def isolated_random(seed: int | None = None, state: tuple[Any, ...] | None = None) -> Generator[None, None, None]:
     """A block that draws from other random states (of the CPU), and leaves those of the program as they were."""
@@ -61,6 +66,39 @@ def set_cpu_random_state(state: tuple[Any, ...]) -> None:
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
+
+
+def generators_within(root: object) -> list[Any]:
+    """The random generators that an object keeps: in its attributes, in lists, and in objects that it keeps so."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting and len(seen) < _MOST_VISITED:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, _GENERATORS):
+            found.append(thing)
+        elif isinstance(thing, (list, tuple)):
+            waiting.extend(thing if len(thing) <= _LONGEST_VISITED else ())
+        elif not isinstance(thing, (type, torch.Tensor, torch.nn.Module)):
+            waiting.extend(getattr(thing, "__dict__", {}).values())
+    return found
+
+
+def reseed(generators: list[Any], seed: int) -> None:
+    """Seed each of the generators from one number of 63 bits and its own place in the list."""
+    for number, generator in enumerate(generators):
+        own = seed + number
+        if isinstance(generator, random.Random):
+            generator.seed(own)
+        elif isinstance(generator, torch.Generator):
+            generator.manual_seed(own)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)(own).state
+        else:
+            generator.seed([own & 0xFFFFFFFF, own >> 32])
 
 
 def _to_bytes(state: torch.Tensor) -> bytes:
