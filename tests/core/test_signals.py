@@ -1,0 +1,124 @@
+"""The handlers of one session, without a session."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from supervise_core import Coordinator
+from supervise_core.signals import StopSignals, exit_status_of
+from supervise_core.testing.clock import FakeClock
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def coordinator(clock: FakeClock) -> Coordinator:
+    return Coordinator(clock=clock)
+
+
+@pytest.fixture
+def signals(coordinator: Coordinator) -> Iterator[StopSignals]:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    made = StopSignals(coordinator)
+    made.install()
+    yield made
+    made.restore()
+    made.restore()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert all(thread.name != "supervise-core signals" for thread in threading.enumerate())
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "status"), [(signal.SIGTERM, SystemExit, 143), (signal.SIGINT, KeyboardInterrupt, 130)]
+)
+def test_a_signal_asks_for_a_stop(
+    signals: StopSignals, coordinator: Coordinator, number: signal.Signals, error: type[BaseException], status: int
+) -> None:
+    send(number)
+    assert coordinator.wait_for_stop(1)
+    assert str(coordinator.cause) == f"signal {number.name}"
+    assert not signals.insisted
+    assert exit_status_of(number) == status
+    with pytest.raises(error):
+        signals.end_process_as_signalled()
+
+
+def test_without_a_signal_nothing_is_raised(signals: StopSignals) -> None:
+    signals.end_process_as_signalled()
+
+
+def test_signals_within_two_seconds_are_one(signals: StopSignals, clock: FakeClock) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        send(number)
+        clock.advance(0.4)
+    assert not signals.insisted
+
+
+def test_a_later_sigint_insists(signals: StopSignals, clock: FakeClock) -> None:
+    send(signal.SIGTERM)
+    clock.advance(2)
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
+    assert signals.insisted
+
+
+def test_a_later_sigterm_insists_the_second_time(signals: StopSignals, clock: FakeClock) -> None:
+    send(signal.SIGTERM)
+    clock.advance(2)
+    send(signal.SIGTERM)
+    assert not signals.insisted
+    with pytest.raises(SystemExit):
+        send(signal.SIGTERM)
+    assert signals.insisted
+
+
+def test_during_the_final_save_only_sigint_insists(signals: StopSignals, clock: FakeClock) -> None:
+    send(signal.SIGTERM)
+    clock.advance(2)
+    signals.saving = True
+    for _ in range(3):
+        send(signal.SIGTERM)
+    assert not signals.insisted
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so(coordinator: Coordinator) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    made = StopSignals(coordinator)
+    try:
+        made.install()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        made.restore()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_outside_the_main_thread_nothing_is_taken_over(coordinator: Coordinator) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    made = StopSignals(coordinator)
+    thread = threading.Thread(target=made.install)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    made.restore()
+
+
+def test_a_forked_child_asks_for_nothing(signals: StopSignals, coordinator: Coordinator) -> None:
+    signals._process += 1
+    send(signal.SIGTERM)
+    assert signals.first is None
+    assert not coordinator.should_stop()
