@@ -50,11 +50,11 @@ class TorchCodec(TensorCodec[torch.Tensor]):
             for tensor, memory in pairs:
                 if not tensor.numel():
                     continue
-                plain = _copyable(tensor.detach().resolve_conj().resolve_neg())
+                plain = tensor.detach().resolve_conj().resolve_neg()
                 if plain.device.type == "cuda":
                     on_cuda.setdefault(plain.device, []).append((plain, memory))
                 else:
-                    _typed(memory, plain).copy_(plain)
+                    _copy_into(memory, plain)
             waits = [self._copy_from_device(device, items) for device, items in on_cuda.items()]
         if not waits:
             return None
@@ -134,7 +134,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         def finish() -> None:
             copied.synchronize()
             for pinned, memory in copies:
-                _typed(memory, pinned).copy_(pinned)
+                _copy_into(memory, pinned)
 
         return finish
 
@@ -179,8 +179,13 @@ def _copyable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.dtype in _NARROW else tensor
 
 
-def _typed(memory: memoryview, like: torch.Tensor) -> torch.Tensor:
-    return torch.frombuffer(memory, dtype=torch.uint8).view(like.dtype).view(like.shape)
+def _copy_into(memory: memoryview, tensor: torch.Tensor) -> None:
+    """Copy the elements as row-major bytes."""
+    target = torch.frombuffer(memory, dtype=torch.uint8)
+    if tensor.dtype in _DTYPES:
+        target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    else:  # stored as bytes, and so at any address: PyTorch crashes on wide elements that are not aligned
+        target.copy_(_copyable(tensor).contiguous().reshape(-1).view(torch.uint8))
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, strides: Any) -> torch.Tensor:
