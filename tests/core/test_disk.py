@@ -1,0 +1,235 @@
+"""One call at a time to the file system, and what is made of several."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_file
+from supervise_core.testing.disks import (
+    Crash,
+    CrashingDisk,
+    Everything,
+    FaultyDisk,
+    LossyDisk,
+    NamesWithoutContent,
+    WatchedDisk,
+)
+
+
+@pytest.fixture
+def disk() -> WatchedDisk:
+    return WatchedDisk()
+
+
+def test_write_file_syncs_once_at_its_end(disk: WatchedDisk, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_file(disk, path, [b"ab", bytearray(b"cd"), memoryview(b"ef")])
+    assert path.read_bytes() == b"abcdef"
+    assert [method for method, _ in disk.calls] == ["create", "write", "write", "write", "sync"]
+
+
+def test_write_file_never_overwrites(disk: WatchedDisk, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"there")
+    with pytest.raises(FileExistsError):
+        write_file(disk, path, [b"new"])
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        write_file(disk, tmp_path / "link", [b"new"])
+    assert path.read_bytes() == b"there"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_write_takes_items_of_any_width(disk: WatchedDisk, tmp_path: Path) -> None:
+    write_file(disk, tmp_path / "file", [memoryview(b"abcdefgh").cast("d")])
+    assert (tmp_path / "file").read_bytes() == b"abcdefgh"
+
+
+def test_ensure_directory_syncs_each_new_name(disk: WatchedDisk, tmp_path: Path) -> None:
+    ensure_directory(disk, tmp_path / "a" / "b")
+    ensure_directory(disk, tmp_path / "a" / "b")
+    assert disk.calls == [
+        ("make_directory", tmp_path / "a"),
+        ("sync_directory", tmp_path),
+        ("make_directory", tmp_path / "a" / "b"),
+        ("sync_directory", tmp_path / "a"),
+    ]
+
+
+def test_ensure_directory_below_a_file_is_an_error(disk: WatchedDisk, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        ensure_directory(disk, tmp_path / "file")
+
+
+def test_remove_tree_removes_links_and_not_what_they_name(disk: WatchedDisk, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_bytes(b"kept")
+    tree = tmp_path / "tree"
+    (tree / "inner").mkdir(parents=True)
+    (tree / "inner" / "link").symlink_to(outside)
+    (tree / "file").write_bytes(b"")
+    remove_tree(disk, tree)
+    remove_tree(disk, tree)
+    assert not tree.exists()
+    assert (outside / "kept").exists()
+    (tmp_path / "link").symlink_to(outside)
+    remove_tree(disk, tmp_path / "link")
+    assert (outside / "kept").exists()
+
+
+def test_names_of_what_is_not_there(disk: WatchedDisk, tmp_path: Path) -> None:
+    assert disk.names(tmp_path / "absent") == []
+    assert not disk.is_directory(tmp_path / "absent")
+
+
+def test_a_link_to_a_directory_is_no_directory(disk: WatchedDisk, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert disk.is_directory(tmp_path)
+    assert not disk.is_directory(tmp_path / "link")
+    with pytest.raises(OSError, match="link"):
+        disk.open_directory(tmp_path / "link")
+
+
+def test_open_directory_outlives_its_removal(disk: WatchedDisk, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    (path / "file").write_bytes(b"content")
+    held = disk.open_directory(path)
+    remove_tree(disk, path)
+    assert held.size("file") == 7
+    assert disk.read(held, "file") == b"content"
+    held.close()
+    held.close()
+
+
+def test_open_directory_holds_regular_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        here = os.getcwd()
+        os.chdir(tmp_path)  # the path of a socket must be short
+        try:
+            listening.bind("socket")
+        finally:
+            os.chdir(here)
+        held = OpenDirectory(tmp_path)
+    assert list(held.files) == ["file"]
+    held.close()
+
+
+def test_open_directory_leaves_nothing_open(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    OpenDirectory(tmp_path).close()
+    held = OpenDirectory(tmp_path)
+    del held
+    with pytest.raises(FileNotFoundError):
+        OpenDirectory(tmp_path / "absent")
+    assert not before or len(os.listdir("/proc/self/fd")) == len(before)
+
+
+# ---- the doubles themselves
+
+
+def test_crashing_disk_does_nothing_more(tmp_path: Path) -> None:
+    disk = CrashingDisk(crash_before=3)
+    with pytest.raises(Crash):
+        write_file(disk, tmp_path / "file", [b"a", b"b", b"c"])
+    assert (tmp_path / "file").read_bytes() == b"a"
+    with pytest.raises(Crash):
+        disk.make_directory(tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_faulty_disk_writes_half(tmp_path: Path) -> None:
+    disk = FaultyDisk()
+    disk.fail(28, 2, method="write")
+    with pytest.raises(OSError, match="No space left"):
+        write_file(disk, tmp_path / "file", [b"1234", b"5678"])
+    assert (tmp_path / "file").read_bytes() == b"123456"
+    write_file(disk, tmp_path / "other", [b"1234", b"5678"])
+    assert disk.failures == [("write", tmp_path / "file")]
+
+
+def lossy(tmp_path: Path) -> LossyDisk:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").write_bytes(b"old")
+    return LossyDisk(tmp_path)
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    return {
+        str(found.relative_to(path)): found.read_bytes() if found.is_file() else None
+        for found in sorted(path.rglob("*"))
+    }
+
+
+def test_power_cut_forgets_names_that_were_not_synced(tmp_path: Path) -> None:
+    disk = lossy(tmp_path)
+    disk.make_directory(tmp_path / "new")
+    write_file(disk, tmp_path / "new" / "file", [b"synced content, unsynced name"])
+    disk.rename(tmp_path / "old", tmp_path / "renamed")
+    disk.power_cut()
+    assert tree(tmp_path) == {"old": None, "old/file": b"old"}
+
+
+def test_power_cut_keeps_what_was_synced(tmp_path: Path) -> None:
+    disk = lossy(tmp_path)
+    disk.make_directory(tmp_path / "new")
+    write_file(disk, tmp_path / "new" / "file", [b"new"])
+    disk.sync_directory(tmp_path / "new")
+    disk.rename(tmp_path / "old" / "file", tmp_path / "new" / "other")
+    disk.sync_directory(tmp_path)
+    disk.sync_directory(tmp_path / "old")  # either side of the rename will do
+    disk.power_cut()
+    assert tree(tmp_path) == {"new": None, "new/file": b"new", "new/other": b"old", "old": None}
+
+
+def test_power_cut_brings_back_what_was_removed_without_a_sync(tmp_path: Path) -> None:
+    disk = lossy(tmp_path)
+    remove_tree(disk, tmp_path / "old")
+    disk.power_cut()
+    assert tree(tmp_path) == {"old": None, "old/file": b"old"}
+
+
+def test_power_cut_empties_files_whose_names_survive(tmp_path: Path) -> None:
+    disk = lossy(tmp_path)
+    descriptor = disk.create(tmp_path / "file")
+    disk.write(descriptor, b"never synced")
+    disk.close(descriptor)
+    disk.power_cut(NamesWithoutContent())
+    assert tree(tmp_path) == {"file": b"", "old": None, "old/file": b"old"}
+
+
+def test_power_cut_that_spares_everything(tmp_path: Path) -> None:
+    disk = lossy(tmp_path)
+    descriptor = disk.create(tmp_path / "file")
+    disk.write(descriptor, b"lucky")
+    disk.close(descriptor)
+    disk.rename(tmp_path / "file", tmp_path / "old" / "moved")
+    disk.power_cut(Everything())
+    assert tree(tmp_path) == {"old": None, "old/file": b"old", "old/moved": b"lucky"}
+
+
+def test_dropped_sync_is_silent(tmp_path: Path) -> None:
+    disk = LossyDisk(tmp_path, without=lambda number, method, path: number == 1)
+    write_file(disk, tmp_path / "first", [b"1"])
+    write_file(disk, tmp_path / "second", [b"2"])
+    disk.sync_directory(tmp_path)
+    disk.power_cut()
+    assert tree(tmp_path) == {"first": b"", "second": b"2"}
+
+
+def test_real_syncs_are_calls_to_the_system(tmp_path: Path) -> None:
+    write_file(Disk(), tmp_path / "file", [b"x"])
+    Disk().sync_directory(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Disk().sync_directory(tmp_path / "absent")
