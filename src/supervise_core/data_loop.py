@@ -3,7 +3,8 @@
 Rule 1. An item is *used* when the global step has moved since it was handed out; where nothing counts steps, when the
         next one is asked for. A position is saved only while every item handed out is used: it never holds half a step.
 Rule 2. While a ``batches`` is open, the boundary is the ``next()`` of the outermost one. What is opened inside its body
-        (a validation pass) is begun anew by the program after a resume, and so are its positions.
+        (a validation pass) is begun anew by the program after a resume, and so are its positions; it belongs to the
+        step, and a stop does not cut it short.
 Rule 3. From the end of a training pass until the epoch ends (or steps are made again) there is no boundary: the program
         validates and steps its scheduler there, and a resumed run enters that stretch from its beginning.
 Rule 4. "Epoch e is exhausted" is not "epoch e + 1 has begun". A resumed run is given epoch e again, its passes that are
@@ -210,6 +211,10 @@ class DataLoop:
             self.steps.counted += self._rounds_begun
             self._rounds_begun = True
 
+    def end_rounds(self) -> None:
+        """The program was told to stop, so no round begins."""
+        self._rounds_begun = False
+
     def _settled(self) -> bool:
         for stream in self._streams.values():
             stream.settle(self.steps, asked=False, counts=stream.name == self.counting)
@@ -389,7 +394,7 @@ class Batches(Iterator[Any]):
             stream.settle(loop.steps, asked=True, counts=stream.name == loop.counting)
         if loop.boundary.due and loop.is_outermost(self):
             loop.reach()
-        if loop.coordinator.should_stop() and self._may_end():
+        if loop.coordinator.should_stop() and loop.is_outermost(self) and self._may_end():
             loop.stopping()  # the stop may have come after the boundary above
             self.is_open = False
             raise StopIteration

@@ -207,8 +207,10 @@ class Run(Generic[SessionT]):
             if self.loop.is_round_boundary():
                 self.loop.count_round()
                 self.loop.reach()
-            if self.coordinator.should_stop():  # and the answer sends the program out of its loop
+            if stopped := self.coordinator.should_stop():  # and the answer sends the program out of its loop
+                self.loop.end_rounds()
                 self.loop.stopping()
+            return stopped
         return self.coordinator.should_stop()
 
     @property

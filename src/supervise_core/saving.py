@@ -55,6 +55,7 @@ class RunSaver:
         self._report = report
         self._metrics: tuple[int, dict[str, float]] = (report.first_step, dict(metrics))
         self._held_position: object = None
+        self._told_at: int | None = None
         self._warned = False
         labels = CheckpointLabels(plan.backend.name, _versions())
         self.checkpointer = Checkpointer(store, plan.keep, labels, self._capture, coordinator, report, self._committed)
@@ -71,8 +72,11 @@ class RunSaver:
         if not self.checkpointer.is_serving or self._loop.is_over:
             return
         step = self._loop.steps.now()
+        if step in (self._told_at, self._report.first_step):
+            return
+        self._told_at = step  # until a further step is made, what follows is not training
         position = self._loop.position_at_stop()
-        if position is None or step == self._report.first_step:
+        if position is None:
             return
         if self.checkpointer.held_step != step or self._held_position != position:
             self._hold_final(step)
@@ -95,7 +99,7 @@ class RunSaver:
             return f"withheld: {withheld}"
         if step == self._report.first_step and (asked or self._report.restored is not None):
             return "nothing new: no step was made"
-        if not asked or (checkpointer.held_step != step and self._loop.position_at_stop() is not None):
+        if not asked or (step not in (checkpointer.held_step, self._told_at) and self._loop.position_at_stop()):
             if self._loop.position() is not None:
                 self._boundary.reach(step)
             if not self._hold_final(step):
