@@ -2,9 +2,9 @@
 
 Rule 1. An item is *used* when the global step has moved since it was handed out; where nothing counts steps, when the
         next one is asked for. A position is saved only while every item handed out is used: it never holds half a step.
-Rule 2. While a ``batches`` is open, the boundary is the ``next()`` of the outermost one. What is opened inside its body
-        (a validation pass) is begun anew by the program after a resume, and so are its positions; it belongs to the
-        step, and a stop does not cut it short.
+Rule 2. While a ``batches`` is open, the boundary is the ``next()`` of the outermost one. What is opened and exhausted
+        inside its body (a validation pass) belongs to the step: a stop does not cut it short, and no position of it is
+        saved. What is still open at the boundary (two passes in step, by ``zip``) is gone on with.
 Rule 3. From the end of a training pass until the epoch ends (or steps are made again) there is no boundary: the program
         validates and steps its scheduler there, and a resumed run enters that stretch from its beginning.
 Rule 4. "Epoch e is exhausted" is not "epoch e + 1 has begun". A resumed run is given epoch e again, its passes that are
@@ -39,6 +39,7 @@ class Stream:
         self.resuming: dict[str, Any] | None = state.get("current")
         self.seen = max(0, self.in_epoch - 1)
         self.source: BatchSource | None = None
+        self.is_inner = False
         self.handed = 0
         self.in_hand = 0
         self.finished = True
@@ -75,9 +76,12 @@ class Stream:
                 "finished": self.finished,
                 "state": None if self.finished else self.source.state(),
             }
+        in_epoch = self.in_epoch
+        if self.is_inner:
+            in_epoch, current = (1, current) if self.is_unfinished else (0, None)
         return {
             "passes": self.passes,
-            "in_epoch": self.in_epoch,
+            "in_epoch": in_epoch,
             "largest_group": self.largest_group,
             "current": current,
         }
@@ -278,6 +282,8 @@ class DataLoop:
             source.start(stream.passes - 1, resuming["state"], resuming["consumed"])
             stream.handed = resuming["consumed"]
         stream.source, stream.finished = source, False
+        stream.settle(self.steps, asked=False, counts=stream.name == self.counting)  # steps made before are not its own
+        stream.is_inner = self._outermost() is not None
         if self._closed_by is stream:
             self._closed_at = None
         self._open.append(weakref.ref(batches))
