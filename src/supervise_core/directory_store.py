@@ -177,15 +177,25 @@ class DirectoryStore(CheckpointStore):
 
     def _sweep(self) -> None:
         """Finish what writers that are no more left behind: evidence goes to its place, drafts and trash away."""
-        for leftover in self._lease.leftovers():
+        leftovers = self._lease.leftovers()
+        for leftover in leftovers:
             for name in self._disk.names(leftover):
                 parcel = leftover / name
                 if name.startswith((_SET_ASIDE, _RETIRED)) and {*self._disk.names(parcel)} - {_REASON}:
                     self._disk.sync_directory(parcel)
                     self._deliver(parcel)
+        if leftovers:
+            self._make_moves_durable()
+        for leftover in leftovers:
             if any(name.startswith(("draft-", "trash-")) for name in self._disk.names(leftover)):
                 _log.info("swept what a writer that is no more left half done in %s", self.path)
             remove_tree(self._disk, leftover)
+
+    def _make_moves_durable(self) -> None:
+        """What a dead writer moved out of its directory, or into it, must not be undone when that directory is gone."""
+        for directory in (self.path, self.path / _SET_ASIDE, self.path / _RETIRED):
+            if self._disk.is_directory(directory):
+                self._disk.sync_directory(directory)
 
     def commit(self, draft: Path, checkpoint: CheckpointId, replaces: CheckpointId | None) -> CheckpointId:
         """Make a finished draft a checkpoint; for the draft alone."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from supervise_core.clock import Clock
-from supervise_core.disk import Disk, ensure_directory, remove_tree, write_file
+from supervise_core.disk import Disk, ensure_directory, write_file
 from supervise_core.errors import LeaseHeldError, LeaseLostError
 from supervise_core.host import Host, Identity
 
@@ -160,7 +160,14 @@ class Lease:
             self._disk.rename(self._work / name, gone)
         except FileNotFoundError:
             return  # taken away; the new writer sweeps it
-        remove_tree(self._disk, gone)
+        for entry in self._disk.names(gone):
+            if entry.startswith((_OWNER, _BEAT)):
+                self._disk.remove_file(gone / entry)
+        try:
+            self._disk.remove_directory(gone)
+        except OSError as error:  # what a failing disk left half done in it, may be evidence; the next start knows
+            if error.errno != errno.ENOTEMPTY:
+                raise
 
     def _take_away_if_dead(self, name: str) -> None:
         record = self._record(name)
