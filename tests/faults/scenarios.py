@@ -155,24 +155,32 @@ def _nothing(store: DirectoryStore) -> None:
     return None
 
 
-def _die_while_setting_aside(store: DirectoryStore) -> None:
-    """The writer dies when the checkpoint is in its parcel and nothing is synced; the next one finishes the work."""
+def _die_after_moving(store: DirectoryStore, name: str, act: Callable[[], None]) -> None:
+    """The writer dies when it has renamed to this name and synced nothing; the next one finishes the work."""
     disk, process = store._disk, store._lease._host
     assert isinstance(disk, WatchedDisk)
     assert isinstance(process, FakeHost)
     moved: list[Path] = []
 
     def after_the_move(method: str, path: Path) -> bool:
-        if method == "rename" and path.name == "model.ckpt-2":
+        if method == "rename" and path.name == name:
             moved.append(path)
         return bool(moved) and method == "sync_directory"
 
     with disk.interrupted(after_the_move):
-        store.set_aside(CheckpointId(2), REASON)
+        act()
     process.die()
     following = open_store(store.path, disk, process.machine.process())
     with following.writing():
         pass
+
+
+def _die_while_setting_aside(store: DirectoryStore) -> None:
+    _die_after_moving(store, "model.ckpt-2", lambda: store.set_aside(CheckpointId(2), REASON))
+
+
+def _die_while_removing(store: DirectoryStore) -> None:
+    _die_after_moving(store, "trash-model.ckpt-1", lambda: store.remove(CheckpointId(1)))
 
 
 def _set_aside(step: int) -> Callable[[DirectoryStore], None]:
@@ -231,6 +239,7 @@ SCENARIOS = (
         _die_while_setting_aside,
         (State(_c(1, 2), ((*_c(3), REASON),)), State(_c(1), ((*_c(2), REASON), (*_c(3), REASON)))),
     ),
+    Scenario("remove by two", _two, _die_while_removing, (State(_c(1, 2)), State(_c(2)))),
     Scenario(
         "retire",
         _two,

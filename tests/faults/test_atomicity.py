@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -125,6 +126,29 @@ def test_whole_scenario_reaches_its_last_state(replay: Replay) -> None:
 def test_crash_before_each_call(replay: Replay) -> None:
     for before in range(1, replay.calls() + 1):
         replay.crash(before)
+
+
+@each_scenario
+@pytest.mark.campaign(small=10, soak=200)
+def test_crash_and_then_crashes_of_those_who_sweep(replay: Replay, count: int, seed: int) -> None:
+    """One dies at its work, the next ones at cleaning up after it, at random calls; then the power may go as well."""
+    chance = random.Random(seed)
+    calls = replay.calls()
+    for _ in range(count):
+        disk, machine = LossyDisk(replay.fresh()), FakeMachine()
+        disk.crash_before = chance.randint(1, calls)
+        with contextlib.suppress(Crash):
+            replay.scenario.run(replay.logdir, disk, machine.process())
+        machine.living.clear()
+        for _ in range(chance.randrange(3)):
+            disk.crash_before = len(disk.calls) + chance.randint(1, 25)
+            with contextlib.suppress(Crash), open_store(replay.logdir, disk, machine.process()).writing():
+                pass
+            machine.living.clear()
+        if chance.random() < 0.5:
+            disk.power_cut(AnyOutcome(chance.randrange(1 << 30)))
+            machine.reboot()
+        replay.check_next_start(machine, replay.scenario.states)
 
 
 @each_scenario

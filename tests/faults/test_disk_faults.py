@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -13,9 +14,10 @@ from scenarios import open_store, save, state_of
 from training import Program
 
 from supervise_core import AtSteps, CheckpointDirectory, EverySeconds, EverySteps, KeepLatest
+from supervise_core.checkpoint_store import CheckpointId
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.testing.clock import FakeClock, eventually
-from supervise_core.testing.disks import FaultyDisk, WatchedDisk
+from supervise_core.testing.disks import FaultyDisk, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeMachine
 
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EACCES]
@@ -261,3 +263,34 @@ def fill_up(path: Path) -> None:
             except OSError as error:
                 assert error.errno == errno.ENOSPC  # noqa: PT017
                 return
+
+
+# ---- while a damaged one is put away
+
+
+@each_error
+@pytest.mark.parametrize("act", ["set_aside", "retire", "remove"])
+def test_each_call_of_putting_one_away(tmp_path: Path, error: int, act: str) -> None:
+    """The evidence is never lost: it is in the listing, or on the shelf once the next writer has cleaned up."""
+    arguments = {"set_aside": [CheckpointId(1), "damaged"]}.get(act, [CheckpointId(1)])
+    for at in range(1, 100):
+        logdir, disk, machine = tmp_path / f"at-{at}", HastyFaultyDisk(), FakeMachine()
+        store = open_store(logdir, disk, machine.process())
+        with store.writing():
+            save(store, 1)
+            save(store, 2)
+            disk.fail(error, at)
+            with contextlib.suppress(OSError):
+                getattr(store, act)(*arguments)
+            reached = bool(disk.failures)
+            disk.heal()
+        following = open_store(logdir, HastyDisk(), machine.process())
+        with following.writing():
+            found = state_of(logdir)
+        assert "model.ckpt-2" in found.listed
+        if act != "remove":
+            assert ("model.ckpt-1" in found.listed) + len(found.damaged) + len(found.retired) == 1
+        assert list((logdir / ".work").iterdir()) == []
+        if not reached:
+            assert at > 4
+            return

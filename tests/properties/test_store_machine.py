@@ -142,7 +142,7 @@ class StoreMachine(RuleBasedStateMachine):
         zombie.release() if data.draw(st.booleans()) else None
         self.zombies = [one for one in self.zombies if one is not zombie]
 
-    @rule(data=st.data(), after=st.integers(1, 25), step=st.integers(0, 20))
+    @rule(data=st.data(), after=st.integers(1, 14), step=st.integers(0, 20))
     def crash(self, data: st.DataObject, after: int, step: int) -> None:
         target = self.next_revision(step)
         victim = data.draw(st.sampled_from([*sorted(self.listed), None]))
@@ -203,7 +203,7 @@ class StoreMachine(RuleBasedStateMachine):
         return CheckpointId(step, max(there) + 1 if there else 0)
 
 
-@pytest.mark.campaign(small=60, soak=2000)
+@pytest.mark.campaign(small=100, soak=2000)
 def test_store_machine(count: int, seed: int) -> None:
     run_state_machine_as_test(
         hypothesis.seed(seed)(StoreMachine),
