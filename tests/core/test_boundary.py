@@ -48,12 +48,12 @@ def loop() -> Iterator[Loop]:
 
 
 @pytest.fixture
-def timed(loop: Loop) -> Iterator[Loop]:
+def timed(loop: Loop) -> Loop:
     """With the timer's thread running."""
     timer = threading.Thread(target=loop.boundary.keep_time, name="timer", daemon=True)
     loop.coordinator.register(timer)
     timer.start()
-    yield loop
+    return loop
 
 
 @pytest.mark.parametrize("watched", [True, False])

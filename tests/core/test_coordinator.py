@@ -12,7 +12,7 @@ from supervise_core.coordinator import StopCause
 from supervise_core.testing.clock import FakeClock, eventually
 
 
-class EndOfInput(Exception):
+class EndOfInput(Exception):  # noqa: N818 - it is none
     pass
 
 

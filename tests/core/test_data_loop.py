@@ -45,7 +45,7 @@ def test_passes_can_follow_one_another_without_epochs(sv: Supervisor[Any]) -> No
 
 
 def test_two_open_with_one_name_are_an_error(sv: Supervisor[Any]) -> None:
-    with pytest.raises(SessionStateError, match="two sv.batches named 'batches' are open at once"):
+    with pytest.raises(SessionStateError, match=r"two sv\.batches named 'batches' are open at once"):  # noqa: PT012
         for _ in sv.batches(range(3)):
             next(iter(sv.batches(range(3))))
 
@@ -115,7 +115,10 @@ def test_an_error_of_the_data_comes_out_as_itself(sv: Supervisor[Any]) -> None:
 
 
 def whole_and_in_parts(
-    tmp_path: Path, body: Callable[[Supervisor[Any], Any, list[Any], Callable[[], None]], None], counted: bool, last: int
+    tmp_path: Path,
+    body: Callable[[Supervisor[Any], Any, list[Any], Callable[[], None]], None],
+    counted: bool,
+    last: int,
 ) -> None:
     """Run the body at once, and stopped after each of its steps in turn; what both saw must be the same."""
 
@@ -177,7 +180,7 @@ def test_two_passes_in_one_epoch_go_on_where_they_were(tmp_path: Path) -> None:
 def test_one_name_twice_in_an_epoch_goes_on_where_it_was(tmp_path: Path) -> None:
     def body(sv: Supervisor[Any], sess: Any, seen: list[Any], step: Callable[[], None]) -> None:
         for epoch in sv.epochs(2):
-            for half in range(2):
+            for _ in range(2):
                 for item in sv.batches(range(3)):
                     seen.append((epoch, item))
                     step()
@@ -334,7 +337,7 @@ def test_a_run_killed_within_a_group_begins_it_anew(tmp_path: Path) -> None:
                 sess.global_step += 1
                 sv.request_stop()
     sv = supervisor(tmp_path)
-    with pytest.raises(KeyboardInterrupt), sv.managed_session():
+    with pytest.raises(KeyboardInterrupt), sv.managed_session():  # noqa: PT012
         for item in sv.batches(range(8)):
             sv.save()
             if item == 6:
@@ -348,6 +351,5 @@ def test_validation_is_no_training(sv: Supervisor[Any]) -> None:
     seen: list[int] = []
     for _ in sv.batches(range(2)):
         sv.coord.request_stop()
-    for item in sv.batches(range(100), name="validation"):
-        seen.append(item)
+    seen.extend(sv.batches(range(100), name="validation"))
     assert seen == []

@@ -93,9 +93,7 @@ def test_an_error_stops_the_run(coordinator: Coordinator) -> None:
         raise ValueError(f"{word} {number}")
 
     Looper.loop(coordinator, 10, fail, (3,), {"word": "failed"}).join(10)
-    assert str(coordinator.cause) == (
-        "service 'loop test_an_error_stops_the_run.<locals>.fail': ValueError: failed 3"
-    )
+    assert str(coordinator.cause) == ("service 'loop test_an_error_stops_the_run.<locals>.fail': ValueError: failed 3")
     with pytest.raises(ValueError, match="failed 3"):
         coordinator.join()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supervise_core import EverySteps, Histogram, Image, SessionStateError, Supervisor, Text
+from supervise_core import EverySteps, Histogram, Image, SessionStateError, Supervisor
 from supervise_core.summaries import EventLog, read_value
 from supervise_core.testing.clock import FakeClock
 from supervise_numpy import ArrayBackend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def steps_of(logdir: Path) -> list[int]:
 
 def test_a_second_session_at_the_same_time_is_refused(tmp_path: Path) -> None:
     sv = supervisor(tmp_path)
-    with sv.managed_session(), pytest.raises(SessionStateError, match="has an open session; call sv.stop"):
+    with sv.managed_session(), pytest.raises(SessionStateError, match=r"has an open session; call sv\.stop"):
         sv.prepare_or_wait_for_session()
 
 
@@ -217,7 +216,7 @@ def test_an_error_of_a_loop_of_ones_own_stops_the_run(tmp_path: Path) -> None:
         raise OSError("broken")
 
     sv = supervisor(tmp_path)
-    with pytest.raises(OSError, match="broken"), sv.managed_session() as sess:
+    with pytest.raises(OSError, match="broken"), sv.managed_session() as sess:  # noqa: PT012
         sess.global_step += 1
         sv.loop(60, fail)
         while not sv.should_stop():
@@ -227,7 +226,7 @@ def test_an_error_of_a_loop_of_ones_own_stops_the_run(tmp_path: Path) -> None:
 
 def test_exceptions_of_a_guarded_block_are_raised_at_the_end(tmp_path: Path) -> None:
     sv = supervisor(tmp_path)
-    with pytest.raises(ValueError, match="guarded"), sv.managed_session():
+    with pytest.raises(ValueError, match="guarded"), sv.managed_session():  # noqa: PT012
         with sv.stop_on_exception():
             raise ValueError("guarded")
         assert sv.should_stop()
@@ -249,8 +248,8 @@ def test_asking_from_another_thread_is_only_a_question(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def clock() -> Iterator[FakeClock]:
-    yield FakeClock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 def test_ten_minutes_pass_in_a_millisecond(tmp_path: Path, clock: FakeClock) -> None:

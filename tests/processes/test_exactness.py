@@ -108,7 +108,9 @@ def test_torch_killed_anywhere(tmp_path: Path, arguments: tuple[str, ...], count
     killed_again_and_again(TORCH, arguments, tmp_path, count, random.Random(f"{seed} {arguments}"))
 
 
-def stopped_and_resumed(program: str, arguments: tuple[str, ...], stops: tuple[str, ...], logdir: Path) -> list[Outcome]:
+def stopped_and_resumed(
+    program: str, arguments: tuple[str, ...], stops: tuple[str, ...], logdir: Path
+) -> list[Outcome]:
     """Stop a program so, one time after another, let it come to its end, and compare."""
     whole = uninterrupted(program, *arguments)
     parts: list[Outcome] = []
@@ -138,7 +140,9 @@ _LEAVE: Final = [
 
 
 @pytest.mark.parametrize("stop", _LEAVE)
-@pytest.mark.parametrize("arguments", [(), ("--data=cursor",), ("--uncounted",)], ids=["counted", "cursor", "uncounted"])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--data=cursor",), ("--uncounted",)], ids=["counted", "cursor", "uncounted"]
+)
 def test_numpy_stopped_and_resumed(tmp_path: Path, arguments: tuple[str, ...], stop: str) -> None:
     stopped_and_resumed(NUMPY, arguments, (stop, "--stop-at=4", "--stop-in-validation=3"), tmp_path)
 

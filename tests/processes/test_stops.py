@@ -20,7 +20,7 @@ from supervise_numpy import ArrayBackend
 from .driving import newest_step, run, started
 
 
-class EndOfInput(Exception):
+class EndOfInput(Exception):  # noqa: N818 - it is none
     """What a framework raises when its input is exhausted."""
 
 
@@ -136,7 +136,9 @@ def test_a_stop_that_is_asked_for_with_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("no"), KeyboardInterrupt(), SystemExit(7), StopIteration()], ids=lambda error: type(error).__name__
+    "error",
+    [ValueError("no"), KeyboardInterrupt(), SystemExit(7), StopIteration()],
+    ids=lambda error: type(error).__name__,
 )
 def test_an_error_in_the_block_withholds_the_final_save(tmp_path: Path, error: BaseException) -> None:
     sv = supervisor(tmp_path)
@@ -257,7 +259,9 @@ def test_a_second_signal_within_two_seconds_is_the_same_request(tmp_path: Path) 
     assert saved(tmp_path) == [0, 3]
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["SIGINT", "third SIGTERM"])
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["SIGINT", "third SIGTERM"]
+)
 def test_a_signal_that_insists_ends_the_block_at_once(tmp_path: Path, signals: list[signal.Signals]) -> None:
     clock = FakeClock()
     sv = supervisor(tmp_path, clock=clock)
@@ -289,7 +293,8 @@ def test_a_session_in_another_thread_leaves_the_signals_alone(tmp_path: Path) ->
     seen: list[object] = []
     sv = supervisor(tmp_path)
     thread = threading.Thread(
-        target=train, args=(sv, lambda sv: seen.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))))
+        target=train,
+        args=(sv, lambda sv: seen.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))),
     )
     thread.start()
     thread.join(20)
@@ -300,7 +305,7 @@ def test_a_session_in_another_thread_leaves_the_signals_alone(tmp_path: Path) ->
 def test_before_the_first_step_a_signal_saves_nothing_new(tmp_path: Path) -> None:
     train(supervisor(tmp_path), lambda sv: sv.request_stop())
     sv = supervisor(tmp_path)
-    with pytest.raises(SystemExit), sv.managed_session():
+    with pytest.raises(SystemExit), sv.managed_session():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         sv.wait_for_stop(10)
     assert saved(tmp_path) == [0, 3]

@@ -84,7 +84,9 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--save-every", type=int, default=3)
     parser.add_argument("--pause", type=float, default=0.0)
-    parser.add_argument("--leave", choices=["before", "after", "unscheduled", "scheduled"], help="where to ask and break")
+    parser.add_argument(
+        "--leave", choices=["before", "after", "unscheduled", "scheduled"], help="where to ask and break"
+    )
     parser.add_argument("--kill-at-disk-call", type=int, help="SIGKILL in the middle of a save")
     parser.add_argument("--kill-before-scheduler", type=int, help="SIGKILL at the end of that epoch")
     parser.add_argument("--stop-at", type=int, help="SIGTERM while that item is trained on, counted from 1")
