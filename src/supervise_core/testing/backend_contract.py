@@ -395,14 +395,14 @@ class BackendContract(ABC):
             _saved(program, session, _store(tmp_path / "good"))
             program.train(session)
             after = _raw(program)
-            for calls in itertools.count(1):
+            calls, crashed = 0, True
+            while crashed:
+                calls += 1
                 logdir = shutil.copytree(tmp_path / "good", tmp_path / f"crash-{calls}")
                 crashed = _crashes(program, session, logdir, calls)
                 with self._restored(_newest(DirectoryStore(logdir))) as (other, _):
                     assert _raw(other) in (before, after), f"a crash before disk call {calls} left neither state"
                     assert crashed or _raw(other) == after, "a save that ended well is not the newest"
-                if not crashed:
-                    break
             assert calls > 5, f"only {calls} disk calls were seen"
 
     # ---- inside
