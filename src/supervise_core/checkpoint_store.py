@@ -93,8 +93,8 @@ class Draft(ABC):
     def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:
         """Make it a checkpoint: afterwards it is durable and listed, before it is not there at all.
 
-        It takes the place and the name of ``replaces``, an older one of the same step, in the same instant. Storage that
-        cannot do that lists both, this one later; the other is then left to be removed. The id that it is listed by.
+        It takes the place and the name of ``replaces``, an older one of the same step, in the same instant. A storage
+        that cannot do that lists both, this one later; the other is then left to be removed. The id that it is listed by.
 
         :raises LeaseLostError: if this writer was replaced meanwhile; nothing has changed.
         """

@@ -21,8 +21,8 @@ class TestEagerBackend(BackendContract):
         keras = tf.keras
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
-            [keras.Input((4,)), keras.layers.Dense(6), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5, seed=1),
-             keras.layers.Dense(3)]
+            [keras.Input((4,)), keras.layers.Dense(6), keras.layers.BatchNormalization(),
+             keras.layers.Dropout(0.5, seed=1), keras.layers.Dense(3)]
         )  # fmt: skip
         optimizer = keras.optimizers.Adam(0.05)
         extra = tf.Module()

@@ -5,8 +5,8 @@ drawn again, and what was used is skipped without being loaded. Each batch is fe
 the run's seed, the pass and the number of the batch, set around the fetch in whichever process does it. So random
 augmentation does not depend on the number of workers nor on where a run was cut in two, and fetching leaves the random
 state of the loop alone. Generators that a dataset keeps in its attributes are seeded in the same way. (Bare PyTorch
-seeds each worker once instead, and hands it a copy of those.) Generators given to a loader or a sampler are drawn from as
-usual, and their states at the beginning of the pass are saved; others that a sampler keeps are seeded for the pass.
+seeds each worker once instead, and hands it a copy of those.) Generators given to a loader or a sampler are drawn from
+as usual, and their states at the beginning of the pass are saved; others that a sampler keeps are seeded for the pass.
 
 Other datasets and loaders are replayed: begun again, and drawn from up to the position.
 """
