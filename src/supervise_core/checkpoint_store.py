@@ -94,7 +94,7 @@ class Draft(ABC):
         """Make it a checkpoint: afterwards it is durable and listed, before it is not there at all.
 
         It takes the place and the name of ``replaces``, an older one of the same step, in the same instant. A storage
-        that cannot do that lists both, this one later; the other is then left to be removed. The id that it is listed by.
+        that cannot do that lists both, this one later; the other is then left to be removed. The id it is listed by.
 
         :raises LeaseLostError: if this writer was replaced meanwhile; nothing has changed.
         """
