@@ -115,15 +115,15 @@ def test_what_contains_itself_is_refused() -> None:
 
 def test_leaves() -> None:
     def write(path: str, value: Any) -> Any:
-        return {"$array": [path, value.tolist()]} if isinstance(value, np.ndarray) else UNTOLD
+        return {"$mine": [path, value.tolist()]} if isinstance(value, np.ndarray) else UNTOLD
 
     def read(tag: str, content: Any) -> Any:
-        return np.array(content[1]) if tag == "$array" else UNTOLD
+        return np.array(content[1]) if tag == "$mine" else UNTOLD
 
     data = encode({"w": np.arange(2), "n": (1,)}, "model", write)
-    assert data == {"w": {"$array": ["model['w']", [0, 1]]}, "n": {"$tuple": [1]}}
+    assert data == {"w": {"$mine": ["model['w']", [0, 1]]}, "n": {"$tuple": [1]}}
     assert decode(data, read)["w"].tolist() == [0, 1]
-    with pytest.raises(ValueError, match=r"\$array is not a tag"):
+    with pytest.raises(ValueError, match=r"\$mine is not a tag"):
         decode(data)
 
 
