@@ -21,6 +21,8 @@ from supervise_core.tagged_json import UNTOLD, Json, Untold, decode, encode
 from supervise_core.tensors import TensorCodec, TensorData, TensorSpec
 
 _PART_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
+_TENSOR: Final = "$tensor"
+_ARRAY: Final = "$array"
 _RESERVED_PARTS: Final = frozenset({"manifest", "state"})
 
 
@@ -81,7 +83,7 @@ class Staging:
         self._pending: list[Callable[[], None]] = []
 
     def put(self, part: str, state: Any, codec: TensorCodec[Any] | None = None) -> None:
-        """Copy one part: a tree whose leaves are tensors that ``codec`` knows (NumPy arrays without one), or plain.
+        """Copy one part: a tree whose leaves are tensors that ``codec`` knows, NumPy arrays, or plain values.
 
         :raises UnsupportedStateError: for a value that would not come back; names its path. Nothing is kept of it.
         :raises ValueError: if the part cannot bear this name, or was put already.
@@ -89,10 +91,10 @@ class Staging:
         check_part_name(part)
         if part in self._parts:
             raise ValueError(f"the part {part!r} was put twice into one snapshot")
-        flat = _Flattened(part, codec or NumpyCodec())
+        flat = _Flattened(part, _codecs(codec))
         skeleton = encode(state, part, flat.leaf)
         files: list[FileImage] = []
-        pairs: list[tuple[Any, memoryview]] = []
+        pairs: dict[str, list[tuple[Any, memoryview]]] = {tag: [] for tag in flat.codecs}
         shards = _shards(flat.specs, self._shard_bytes)
         for number, shard in enumerate(shards, 1):
             suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
@@ -101,11 +103,13 @@ class Staging:
             image = self._image(name, layout)
             for spec in shard:
                 at = layout.offsets[spec.name]
-                pairs.append((flat.tensors[spec.name], image[at : at + spec.nbytes]))
+                tag, tensor = flat.tensors[spec.name]
+                pairs[tag].append((tensor, image[at : at + spec.nbytes]))
             files.append(FileImage(name, image, tuple(spec.name for spec in shard)))
-        waiting = flat.codec.copy_out(pairs)
-        if waiting is not None:
-            self._pending.append(waiting)
+        for tag, tensors in pairs.items():
+            waiting = flat.codecs[tag].copy_out(tensors)
+            if waiting is not None:
+                self._pending.append(waiting)
         self._parts[part] = PartImage(part, skeleton, tuple(files), sum(spec.nbytes for spec in flat.specs))
 
     def snapshot(self) -> Snapshot:
@@ -132,32 +136,34 @@ class _Flattened:
     """The tensors of one tree, named by their paths: ``blocks.0.weight``, ``state.3.exp_avg``."""
 
     part: str
-    codec: TensorCodec[Any]
+    codecs: Mapping[str, TensorCodec[Any]]
     specs: list[TensorSpec] = field(default_factory=list[TensorSpec])
-    tensors: dict[str, Any] = field(default_factory=dict[str, Any])
+    tensors: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
     _leaves: dict[Hashable, Json] = field(default_factory=dict[Hashable, Json])
 
     def leaf(self, path: str, value: Any) -> Json | Untold:
-        if not self.codec.recognises(value):
+        tag = next((tag for tag, codec in self.codecs.items() if codec.recognises(value)), None)
+        if tag is None:
             return self._constant(path, value)
-        identity = self.codec.identity(value)
-        if identity is not None and identity in self._leaves:
-            return self._leaves[identity]
+        codec = self.codecs[tag]
+        identity = codec.identity(value)
+        if identity is not None and (tag, identity) in self._leaves:
+            return self._leaves[tag, identity]
         try:
-            stored = self.codec.describe(value)
+            stored = codec.describe(value)
         except TypeError as error:
             raise UnsupportedStateError(path, str(error)) from error
         spec = TensorSpec(self._unique_name(path), stored.dtype, stored.shape)
         self.specs.append(spec)
-        self.tensors[spec.name] = value
-        leaf = {"$tensor": spec.name, **stored.extra}
+        self.tensors[spec.name] = tag, value
+        leaf = {tag: spec.name, **stored.extra}
         if identity is not None:
-            self._leaves[identity] = leaf
+            self._leaves[tag, identity] = leaf
         return leaf
 
     def _constant(self, path: str, value: Any) -> Json | Untold:
         try:
-            return self.codec.encode_constant(value)
+            return self.codecs[_TENSOR].encode_constant(value)
         except TypeError as error:
             raise UnsupportedStateError(path, str(error)) from error
 
@@ -197,15 +203,15 @@ class Part:
 
         :raises ValueError: if the state and the tensors of the checkpoint do not fit together.
         """
-        reader = codec or NumpyCodec()
+        readers = _codecs(codec)
         made: dict[str, Any] = {}
 
         def leaf(tag: str, content: Json) -> Any | Untold:
-            if tag != "$tensor":
-                return reader.decode_constant(tag, content)
-            stored = self._stored(content)
+            if tag not in (_TENSOR, _ARRAY):
+                return readers[_TENSOR].decode_constant(tag, content)
+            stored = self._stored(tag, content)
             if stored.spec.name not in made:
-                made[stored.spec.name] = reader.read(stored)
+                made[stored.spec.name] = readers.get(tag, readers[_TENSOR]).read(stored)
             return made[stored.spec.name]
 
         return decode(self.state, leaf)
@@ -215,21 +221,27 @@ class Part:
         found: list[TensorData] = []
 
         def leaf(tag: str, content: Json) -> Any | Untold:
-            if tag == "$tensor":
-                found.append(self._stored(content))
-                return None
+            if tag in (_TENSOR, _ARRAY):
+                found.append(self._stored(tag, content))
             return None
 
         decode(self.state, leaf)
         return iter(found)
 
-    def _stored(self, leaf: dict[str, Json]) -> TensorData:
+    def _stored(self, tag: str, leaf: dict[str, Json]) -> TensorData:
         extra = dict(leaf)
-        name = extra.pop("$tensor")
+        name = extra.pop(tag)
         if not isinstance(name, str) or name not in self.tensors:
             raise ValueError(f"the state of part {self.name!r} names the tensor {name!r}, which is not there")
         spec, data = self.tensors[name]
         return TensorData(spec, data, extra)
+
+
+def _codecs(codec: TensorCodec[Any] | None) -> dict[str, TensorCodec[Any]]:
+    """By tag: the framework's own tensors, and NumPy arrays beside them, which every framework's programs keep."""
+    if codec is None or isinstance(codec, NumpyCodec):
+        return {_TENSOR: codec or NumpyCodec()}
+    return {_TENSOR: codec, _ARRAY: NumpyCodec()}
 
 
 Parts = Mapping[str, Part]

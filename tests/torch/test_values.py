@@ -339,3 +339,16 @@ def test_what_cannot_be_kept_is_refused_when_the_run_starts_by_part_and_path(nam
         raise AssertionError("the block was entered")
     assert caught.value.path == "part['layers'][1]['odd']"
     assert DirectoryStore(tmp_path).checkpoints() == []
+
+
+def test_numpy_arrays_in_a_part_stay_numpy_arrays(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=">f8").reshape(2, 3)
+    held = {"array": array, "same": array, "tensor": torch.arange(3.0), "complex": np.array([1j]), "n": np.float32(2)}
+    back = through_a_checkpoint(held, tmp_path)
+    assert isinstance(back["array"], np.ndarray)
+    assert back["array"].dtype == array.dtype
+    assert np.array_equal(back["array"], array)
+    assert back["same"] is back["array"]
+    assert isinstance(back["tensor"], torch.Tensor)
+    assert np.array_equal(back["complex"], held["complex"])
+    assert type(back["n"]) is np.float32

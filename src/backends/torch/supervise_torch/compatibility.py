@@ -45,6 +45,8 @@ def check_module(part: str, module: torch.nn.Module, saved: Mapping[str, Any]) -
 def check_optimizer(part: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """:raises IncompatibleCheckpointError: if the groups differ in their sizes, or a state is not of its parameter."""
     here = [len(group["params"]) for group in optimizer.param_groups]
+    if not isinstance(saved, Mapping) or not {"param_groups", "state"} <= saved.keys():
+        raise IncompatibleCheckpointError(part, ["it was no optimizer when it was saved"])
     there = [len(group["params"]) for group in saved["param_groups"]]
     if here != there:
         raise IncompatibleCheckpointError(part, [f"its groups have {there} parameters there and {here} here"])
