@@ -102,7 +102,8 @@ class Running:
 def started(program: str, *arguments: object) -> Iterator[Running]:
     """A program that runs while the block does, killed at its end at the latest."""
     command = [sys.executable, "-X", "faulthandler", str(PROGRAMS / program), *map(str, arguments)]
-    environment = os.environ | {"PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
+    # PyTorch warns of a scheduler that steps before the optimizer has, as in an epoch that is resumed at its end
+    environment = os.environ | {"PYTHONWARNINGS": "error,ignore:Detected call of", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     )

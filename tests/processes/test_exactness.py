@@ -61,7 +61,7 @@ def killed_again_and_again(
         if way == "save":
             extra = [f"--kill-at-disk-call={chance.randint(12, 60)}"]
         elif way == "scheduler":
-            begun = newest // max(1, whole.steps[-1][0] // epochs)
+            begun = min(epochs - 1, newest // max(1, whole.steps[-1][0] // epochs))
             extra = [f"--kill-before-scheduler={chance.randint(begun, min(begun + 1, epochs - 1))}"]
         with started(program, logdir, *arguments, PAUSE, *extra) as running:
             if way == "anywhere":
@@ -163,7 +163,7 @@ def test_torch_stopped_in_the_middle_of_an_accumulation(tmp_path: Path, leave: s
 
 def test_torch_accumulation_across_the_ends_of_epochs(tmp_path: Path) -> None:
     arguments = ("--accumulate=4", "--samples=80", "--carry")
-    stopped_and_resumed(TORCH, arguments, ("--stop-at=10", "--stop-at=3"), tmp_path)
+    stopped_and_resumed(TORCH, arguments, ("--stop-at=11", "--stop-at=3"), tmp_path)
 
 
 @pytest.mark.parametrize("leave", ["", "--leave=after"])
