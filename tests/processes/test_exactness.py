@@ -54,7 +54,9 @@ def killed_again_and_again(
     whole = uninterrupted(program, *arguments)
     total = len(whole.said)
     inside_a_save = between_epoch_and_scheduler = 0
-    for kill in range(kills):
+    again, kill, attempts = logdir, 0, 0
+    while kill < kills and attempts < 3 * kills + 3:
+        attempts += 1
         newest = newest_step(logdir)
         way = ("anywhere", "save", "scheduler", "anywhere")[kill % 4] if kill else "save"
         extra: list[str] = []
@@ -74,9 +76,12 @@ def killed_again_and_again(
             check_part(part, whole, newest)
         inside_a_save += way == "save" and part.status == -9
         between_epoch_and_scheduler += way == "scheduler" and part.status == -9
-        if part.status == 0:  # it came to its end before the kill did
+        kill += part.status == -9
+        if part.status == 0:  # it came to its end before the kill did; the next one begins anew
             check_end(part, whole)
-            break
+            logdir = again / f"after {kill} kills, {attempts}"
+    assert kill == kills
+    assert inside_a_save >= kills // 4
     newest = newest_step(logdir)
     last = run(program, logdir, *arguments)
     if newest < whole.steps[-1][0]:
