@@ -9,8 +9,8 @@ The floors of this package, from what users call down to what knows nothing; imp
      7   checkpointer, session_manager
      6   checkpoint_files, directory_store, operations, plugins
      5   backend, checkpoint_store
-     4   manifest, snapshot
-     3   data_loop, hookspecs, numpy_codec, safetensors_format, services
+     4   data_loop, manifest, snapshot
+     3   data_stream, hookspecs, numpy_codec, safetensors_format, services
      2   boundary, looper, report, signals, tensors
      1   coordinator, data_source, lease, retention, summaries, tagged_json, triggers
      0   clock, disk, errors, host, process_random, readiness

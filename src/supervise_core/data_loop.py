@@ -21,84 +21,12 @@ from typing import Any, Final
 from supervise_core.boundary import StepBoundary, StepCounter
 from supervise_core.coordinator import Coordinator
 from supervise_core.data_source import BatchSource
+from supervise_core.data_stream import Stream
 from supervise_core.errors import SessionStateError
 
 _EXTRA_ITEMS_ON_STOP: Final = 8  # beyond the largest group seen: skipped AMP steps
 
 SourceFactory = Callable[[Any, int], BatchSource]
-
-
-class Stream:
-    """All passes of one name: how many there were, and where the current one stands."""
-
-    def __init__(self, name: str, saved: dict[str, Any] | None = None) -> None:
-        state: dict[str, Any] = saved or {}
-        self.name = name
-        self.passes: int = state.get("passes", 0)
-        self.in_epoch: int = state.get("in_epoch", 0)
-        self.resuming: dict[str, Any] | None = state.get("current")
-        self.seen = max(0, self.in_epoch - 1)
-        self.source: BatchSource | None = None
-        self.is_inner = False
-        self.handed = 0
-        self.in_hand = 0
-        self.finished = True
-        self.step_at_draw: int | None = None
-        self.mark_at_draw: object = None
-        self.largest_group: int = state.get("largest_group", 0)
-
-    @property
-    def trains(self) -> bool:
-        """Whether steps were ever made with the items of this stream."""
-        return self.largest_group > 0
-
-    def settle(self, steps: StepCounter, *, asked: bool, counts: bool) -> None:
-        """Apply rule 1 to the items in hand; ``asked``: the next item is being asked for."""
-        step = steps.read()
-        if self.in_hand:
-            if step is None:
-                if not asked:
-                    return
-                steps.counted += self.in_hand if counts else 0
-            elif step == self.step_at_draw:
-                return
-            if step is not None or counts:
-                self.largest_group = max(self.largest_group, self.in_hand)
-            self.in_hand = 0
-        self.step_at_draw = step
-
-    def position(self, unused: int = 0) -> dict[str, Any]:
-        """What is saved of it; ``unused`` is how many of the items handed out last are to be handed out again."""
-        current: dict[str, Any] | None = self.resuming
-        if self.source is not None:
-            current = {
-                "consumed": self.handed - unused,
-                "finished": self.finished,
-                "state": None if self.finished else self.source.state(),
-            }
-        in_epoch = self.in_epoch
-        if self.is_inner:
-            in_epoch, current = (1, current) if self.is_unfinished else (0, None)
-        return {
-            "passes": self.passes,
-            "in_epoch": in_epoch,
-            "largest_group": self.largest_group,
-            "current": current,
-        }
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether a pass was begun that is neither exhausted nor left for good."""
-        return self.source is not None and not self.finished
-
-    def end_of_epoch(self) -> None:
-        """Forget the passes of the epoch that has ended."""
-        self.in_epoch = self.seen = 0
-        self.resuming = None
-        if self.source is not None:
-            self.source.close()
-        self.source = None
-        self.finished = True
 
 
 class DataLoop:
@@ -177,17 +105,27 @@ class DataLoop:
             return None
         return self._position({stream.name: 1})
 
-    def position_at_end(self) -> dict[str, Any]:
-        """What to save when the program has ended its loop of its own accord."""
+    def position_at_end(self, *, ended: bool) -> dict[str, Any]:
+        """As ``position_at_stop``, but always one; ``ended``: the program has ended its loop of its own accord.
+
+        A pass that it left by a ``break`` on its way out is then not over: a longer run would have gone on with it.
+        """
+        left = next((stream for stream in self._streams.values() if stream.left_at == self.steps.now()), None)
+        if ended and left is not None and left.source is not None:
+            again = left.in_hand == 1 and left.source.state_before_last_draw and left.mark_at_draw == self.mark()
+            return self._position({left.name: int(again)}, left)
         return self.position_at_stop() or self._position({})
 
-    def _position(self, unused: dict[str, int]) -> dict[str, Any]:
+    def _position(self, unused: dict[str, int], going_on: Stream | None = None) -> dict[str, Any]:
         return {
             "run_seed": self._run_seed,
             "counted": self.steps.counted,
             "counting": self.counting,
             "epochs": dict(self._epochs),
-            "streams": {name: stream.position(unused.get(name, 0)) for name, stream in self._streams.items()},
+            "streams": {
+                name: stream.position(unused.get(name, 0), goes_on=stream is going_on)
+                for name, stream in self._streams.items()
+            },
         }
 
     def is_between_steps(self) -> bool:
@@ -284,18 +222,24 @@ class DataLoop:
         stream.source, stream.finished = source, False
         stream.settle(self.steps, asked=False, counts=stream.name == self.counting)  # steps made before are not its own
         stream.is_inner = self._outermost() is not None
-        if self._closed_by is stream:
+        stream.left_at = None
+        if self._closed_by is stream:  # a loop without sv.epochs begins a further round
             self._closed_at = None
+            for earlier in self._streams.values():
+                if earlier is not stream and not earlier.is_unfinished:
+                    earlier.forget()
         self._open.append(weakref.ref(batches))
         return True
 
-    def close_pass(self, stream: Stream) -> None:
-        """A pass is exhausted, or was left for good: rule 3 begins, if steps are made with this stream."""
+    def close_pass(self, stream: Stream, *, left: bool) -> None:
+        """A pass is exhausted, or was left by a ``break``: rule 3 begins, if steps are made with this stream."""
         stream.finished = True
         if stream.source is not None:
             stream.source.close()
+        stream.settle(self.steps, asked=False, counts=stream.name == self.counting)
         if not stream.trains:
             stream.in_hand = 0
+        stream.left_at = self.steps.now() if left and stream.trains else None
         if stream.trains and self._outermost() is None:
             if self.is_settled_for_stop():
                 self.exhausted()
@@ -432,15 +376,15 @@ class Batches(Iterator[Any]):
             raise TypeError("the data given to sv.batches has no len()")
         return max(0, length - (self.stream.handed if self.is_open else 0))
 
-    def leave(self) -> None:
-        """End the pass for good."""
+    def leave(self, *, left: bool = False) -> None:
+        """End the pass; ``left``: by a ``break`` of the program, and not with the data or the epoch."""
         if self.is_open:
             self.is_open = False
-            self._loop.close_pass(self.stream)
+            self._loop.close_pass(self.stream, left=left)
 
     def __del__(self) -> None:
         if self.is_open and not (self._loop.is_over or self._loop.coordinator.should_stop()):
-            self.leave()
+            self.leave(left=True)
 
     def _begin(self) -> None:
         if self._begun:

@@ -56,7 +56,7 @@ class RunSaver:
         self._metrics: tuple[int, dict[str, float]] = (report.first_step, dict(metrics))
         self._held_position: object = None
         self._told_at: int | None = None
-        self._warned = False
+        self._warned = self._ended = False
         labels = CheckpointLabels(plan.backend.name, _versions())
         self.checkpointer = Checkpointer(store, plan.keep, labels, self._capture, coordinator, report, self._committed)
 
@@ -99,6 +99,7 @@ class RunSaver:
             return f"withheld: {withheld}"
         if step == self._report.first_step and (asked or self._report.restored is not None):
             return "nothing new: no step was made"
+        self._ended = not asked
         if not asked or (step not in (checkpointer.held_step, self._told_at) and self._loop.position_at_stop()):
             if self._loop.position() is not None:
                 self._boundary.reach(step)
@@ -122,7 +123,7 @@ class RunSaver:
     def _capture(self, step: int) -> PendingSave:
         staging = self._plan.staging
         self._warn_of_repetition()
-        self._held_position = position = self._loop.position_at_end()
+        self._held_position = position = self._loop.position_at_end(ended=self._ended)
         state = {"data": position, "events": [] if self._events is None else self._events.events_of(step)}
         run_state = encode(state, "the data's position")
         try:

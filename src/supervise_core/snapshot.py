@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from supervise_core.errors import UnsupportedStateError
+from supervise_core.errors import IncompatibleCheckpointError, UnsupportedStateError
 from supervise_core.numpy_codec import NumpyCodec
 from supervise_core.safetensors_format import Layout, lay_out
 from supervise_core.tagged_json import UNTOLD, Json, Untold, decode, encode
@@ -201,7 +201,7 @@ class Part:
     def tree(self, codec: TensorCodec[Any] | None = None) -> Any:
         """The state as it was put, its tensors made new by ``codec`` (NumPy arrays without one). Ties are kept.
 
-        :raises ValueError: if the state and the tensors of the checkpoint do not fit together.
+        :raises IncompatibleCheckpointError: if it holds what this version, or this framework, does not know.
         """
         readers = _codecs(codec)
         made: dict[str, Any] = {}
@@ -214,7 +214,10 @@ class Part:
                 made[stored.spec.name] = readers.get(tag, readers[_TENSOR]).read(stored)
             return made[stored.spec.name]
 
-        return decode(self.state, leaf)
+        try:
+            return decode(self.state, leaf)
+        except (ValueError, TypeError) as error:
+            raise IncompatibleCheckpointError(self.name, [str(error)]) from error
 
     def stored_tensors(self) -> Iterator[TensorData]:
         """The tensors with what their codec noted of them, without making any."""

@@ -24,7 +24,7 @@ _PLAIN: Final = (type(None), bool, str)
 _LARGE_INTEGER: Final = 1 << 53  # beyond it, JSON readers in other languages round
 _FACTORIES: Final = {"list": list, "dict": dict, "set": set, "int": int, "float": float, "none": None}
 _DEEPEST: Final = 200
-_OPEN_TAGS: Final = frozenset({"$tensor", "$array"})  # tags with further keys beside them; the leaf hook gets the whole object
+_OPEN_TAGS: Final = frozenset({"$tensor", "$array"})  # further keys stand beside them; the hook gets all
 
 
 class Untold:

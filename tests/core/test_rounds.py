@@ -1,0 +1,48 @@
+"""Loops that are cut short, by a limit of their own or by a stop, and started again, do what a longer run does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from supervise_core import Supervisor
+from supervise_numpy import ArrayBackend
+
+PASS, VALIDATION, ROUNDS = 5, 2, 4
+Seen = list[tuple[str, int]]
+
+
+def train(logdir: Path, limit: int, *, stop_at: int = 0, epochs: bool) -> Seen:
+    """Rounds of a training pass and a validation pass, until ``limit`` steps are made or a stop is asked for."""
+    seen: Seen = []
+    sv = Supervisor(ArrayBackend({"w": np.zeros(1)}), logdir, summarize_every=None, signals=False)
+    with sv.managed_session() as session:
+        session.global_step += 0
+        rounds = sv.epochs(ROUNDS) if epochs else range(session.global_step // PASS, ROUNDS)
+        for _ in rounds:
+            for item in sv.batches(range(PASS)):
+                seen.append(("train", item))
+                session.global_step += 1
+                if session.global_step == stop_at:
+                    sv.request_stop()
+                if session.global_step >= limit:
+                    break
+            if session.global_step >= limit or sv.should_stop():
+                break
+            seen += [("validate", item) for item in sv.batches(range(VALIDATION), name="validation")]
+    return seen
+
+
+@pytest.mark.parametrize("epochs", [True, False], ids=["sv.epochs", "a plain loop"])
+@pytest.mark.parametrize("how", ["limit", "stop"])
+@pytest.mark.parametrize("cut", [1, 3, 5, 7, 10, 12])
+def test_a_loop_cut_short_goes_on_where_it_was(cut: int, how: str, epochs: bool, tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", 13, epochs=epochs)
+    assert len(whole) == 13 + 2 * VALIDATION
+    if how == "limit":
+        first = train(tmp_path / "cut", cut, epochs=epochs)
+    else:
+        first = train(tmp_path / "cut", 13, stop_at=cut, epochs=epochs)
+    assert first + train(tmp_path / "cut", 13, epochs=epochs) == whole
