@@ -81,6 +81,7 @@ class Checkpointer:
         self._wanted = False
         self._held: PendingSave | None = None
         self._failures = 0
+        self._known: dict[CheckpointId, Kept] = {}
         self._thread: threading.Thread | None = None
         self._final_error: BaseException | None = None
 
@@ -241,7 +242,8 @@ class Checkpointer:
         self._report.last_saved = self._store.name_of(committed)
         _log.info("saved %s in %s", self._report.last_saved, self._store.location)
         self._committed(self._report.last_saved, pending.step)
-        prune(self._store, self._keep)
+        self._known.pop(committed, None)
+        prune(self._store, self._keep, self._known)
 
     def _manifest(self, pending: PendingSave, files: Mapping[str, FileRecord]) -> Manifest:
         return Manifest(
@@ -263,21 +265,20 @@ class Checkpointer:
         return there.files == manifest.files and there.metrics == manifest.metrics
 
 
-def prune(store: CheckpointStore, keep: Retention) -> None:
+def prune(store: CheckpointStore, keep: Retention, read_before: dict[CheckpointId, Kept] | None = None) -> None:
     """Remove what retention does not keep; never the newest, and nothing whose manifest cannot be read.
 
-    A failure to remove is logged and left for the next time: the new checkpoint is safe.
+    A failure to remove is logged and left for the next time: the new checkpoint is safe. ``read_before`` remembers what
+    manifests say between calls; what is there is listed anew each time.
 
     :raises LeaseLostError: if another writer has taken over.
     """
+    remembered = {} if read_before is None else read_before
     known: dict[CheckpointId, Kept] = {}
     for checkpoint in store.checkpoints():
-        try:
-            with store.open(checkpoint) as reader:
-                manifest = reader.manifest()
-        except (CheckpointDamagedError, OSError):
-            continue
-        known[checkpoint] = Kept(checkpoint.step, manifest.wall_time, manifest.metrics)
+        facts = remembered.get(checkpoint) or _facts_of(store, checkpoint)
+        if facts is not None:
+            known[checkpoint] = remembered[checkpoint] = facts
     current = {checkpoint.step: checkpoint for checkpoint in known}  # of each step, the last revision
     kept = keep.keep([known[checkpoint] for checkpoint in current.values()]) | {max(current, default=0)}
     for checkpoint in known:
@@ -289,6 +290,15 @@ def prune(store: CheckpointStore, keep: Retention) -> None:
             raise
         except OSError as error:
             _log.error("%s could not be removed from %s: %s", store.name_of(checkpoint), store.location, error)
+
+
+def _facts_of(store: CheckpointStore, checkpoint: CheckpointId) -> Kept | None:
+    try:
+        with store.open(checkpoint) as reader:
+            manifest = reader.manifest()
+    except (CheckpointDamagedError, OSError):
+        return None
+    return Kept(checkpoint.step, manifest.wall_time, manifest.metrics)
 
 
 def _discard(discard: Callable[[], Any]) -> None:

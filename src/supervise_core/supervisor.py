@@ -145,9 +145,10 @@ class Supervisor(Generic[SessionT]):
     ) -> AbstractContextManager[SessionT]:
         """A context manager that brings the model up and hands out the session; at its end everything is stopped.
 
-        The block's own error comes out as itself, the first error of a service otherwise; later ones are its notes. A
-        stop by SIGTERM ends in ``SystemExit(143)``, one by SIGINT in ``KeyboardInterrupt``, after the final save. An
-        error in the block withholds the final save; nothing else does.
+        The first error of the run comes out as itself: the block's own, or that of a service that failed before it.
+        Later ones are its notes. A stop by SIGTERM ends in ``SystemExit(143)``, one by SIGINT in ``KeyboardInterrupt``,
+        after the final save. Only an error in the block withholds the final save. A thread that does not end within the
+        grace period is logged with its stack and named in ``report.stragglers``; that alone fails no run.
         """
         return _ManagedSession(
             self,

@@ -20,7 +20,8 @@ class ArraySession:
     """The arrays by name, and the global step: ``sess["w"]``, ``sess.global_step += 1``.
 
     The arrays are the program's own objects. A program that never sets ``global_step`` has its steps counted by
-    ``sv.batches``, or by the rounds of its loop.
+    ``sv.batches``, or by the rounds of its loop. One that makes its first step with several items of ``sv.batches``
+    says ``sess.global_step += 0`` before it: until the step is set for the first time, each item counts as one.
     """
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
