@@ -23,11 +23,8 @@ from supervise_core.tagged_json import Json
 
 _log = logging.getLogger(__name__)
 
-RETRY_AFTER: Final = (5.0, 30.0, 60.0)
-"""Seconds until a save that failed is tried again, by how many failed in a row."""
-
-FAILURES_IN_A_ROW: Final = 3
-"""So many failed saves in a row end the run."""
+RETRY_AFTER: Final = (5.0, 30.0)
+"""Seconds until a save that failed is tried again, by how many failed in a row. One failure more ends the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +215,7 @@ class Checkpointer:
         )  # fmt: skip
         if pending.final:
             self._final_error = error
-        if lost or pending.final or self._failures >= FAILURES_IN_A_ROW:
+        if lost or pending.final or self._failures > len(RETRY_AFTER):
             self._coordinator.request_stop(error, source="service 'checkpoints'")
         elif self._appointment is not None:
             self._wanted = False
