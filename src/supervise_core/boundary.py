@@ -57,6 +57,7 @@ class Appointment:
         self._trigger = trigger
         self._action = action
         self._last = begun
+        self._lock = threading.Lock()
         self._requested = False
         self._warned = False
         self.due = self._next()
@@ -68,8 +69,9 @@ class Appointment:
 
     def postpone(self, seconds: float) -> None:
         """Have it done in that many seconds, and not before, whatever the trigger says. From any thread."""
-        self._requested = False
-        self.due = Due(seconds=self._boundary.clock.monotonic() + seconds)
+        with self._lock:
+            self._requested = False
+            self.due = Due(seconds=self._boundary.clock.monotonic() + seconds)
         self._boundary.reschedule()
 
     def is_due(self, step: int, now: float) -> bool:
@@ -82,15 +84,23 @@ class Appointment:
         )
 
     def fire(self, step: int, now: float) -> None:
-        """Do it, and ask the trigger when to do it next."""
-        self.fired_by_time = not self._requested and (self.due.step is None or step < self.due.step)
-        self._requested = self._warned = self.approaching = False
-        self._last = Firing(step, now)
-        self.due = planned = self._next()
+        """Do it if it is due, and plan the next time.
+
+        Another thread may postpone it at any moment, the action being what makes it do so. Under the lock neither that
+        nor what is planned here is lost.
+        """
+        with self._lock:
+            if not self.is_due(step, now):
+                return
+            self.fired_by_time = not self._requested and (self.due.step is None or step < self.due.step)
+            self._requested = self._warned = self.approaching = False
+            self._last = Firing(step, now)
+            self.due = planned = self._next()
         self._action(step)
-        if self.due is planned:  # the action may have postponed it
-            self._last = Firing(step, now, self._boundary.clock.monotonic() - now)
-            self.due = self._next()
+        with self._lock:
+            if self.due is planned:
+                self._last = Firing(step, now, self._boundary.clock.monotonic() - now)
+                self.due = self._next()
 
     def warn_if_overlooked(self, now: float) -> None:
         """Say so once when it has been due for a whole further interval and no boundary came."""
