@@ -22,6 +22,7 @@ from supervise_core.triggers import Due, Firing, Trigger
 _log = logging.getLogger(__name__)
 
 _NEVER: Final = 1 << 62
+_STEPS_UNHEARD: Final = 20
 
 
 class StepCounter:
@@ -132,6 +133,7 @@ class StepBoundary:
         self._appointments: list[Appointment] = []
         self._last_appointments: list[Appointment] = []
         self._alarm_step = _NEVER
+        self._reached = False
         self._rescheduled = threading.Event()
         coordinator.on_stop(lambda _: self._stop())
 
@@ -158,9 +160,21 @@ class StepBoundary:
         """The backend's step hook."""
         if step >= self._alarm_step:
             self.due = True
+            if step == self._alarm_step + _STEPS_UNHEARD:
+                self.warn_of_no_boundary(step)
+
+    def warn_of_no_boundary(self, step: int) -> None:
+        """Say that the loop runs without supervision, if it never came to a boundary."""
+        if not self._reached:
+            _log.warning(
+                "step %d, and the training loop has come to no step boundary: nothing is saved or summarised while it "
+                "runs, and no stop is heard. Call sv.should_stop() in each round, or iterate over sv.batches(...).",
+                step,
+            )
 
     def reach(self, step: int) -> None:
         """Do what is due; on the training thread, between two steps."""
+        self._reached = True
         self.due = False
         now = self.clock.monotonic()
         fired = False

@@ -51,6 +51,16 @@ class CheckpointReader(ABC):
     ) -> None:
         self.close()
 
+    def manifest_of(self, checkpoint: CheckpointId) -> Manifest:
+        """As ``manifest``, of this very checkpoint.
+
+        :raises CheckpointDamagedError: also if it holds another step than its name says.
+        """
+        manifest = self.manifest()
+        if manifest.step != checkpoint.step:
+            raise CheckpointDamagedError(self.name, f"it was renamed: it holds step {manifest.step}")
+        return manifest
+
     def manifest(self) -> Manifest:
         """:raises CheckpointDamagedError: if there is no manifest, or not one of ours."""
         size = self.size(MANIFEST)

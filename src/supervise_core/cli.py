@@ -45,6 +45,8 @@ def _checkpoints(logdir: str, basename: str, verify: bool) -> int:
     from supervise_core.reading import CheckpointDirectory  # listing the backends must not cost its import
 
     directory = CheckpointDirectory(logdir, basename)
+    if not directory.path.is_dir():
+        raise FileNotFoundError(f"there is no directory {logdir}")
     steps = directory.steps()
     good = True
     for step in steps:

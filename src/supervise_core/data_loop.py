@@ -9,22 +9,33 @@ Rule 3. From the end of a training pass until the epoch ends (or steps are made 
         validates and steps its scheduler there, and a resumed run enters that stretch from its beginning.
 Rule 4. "Epoch e is exhausted" is not "epoch e + 1 has begun". A resumed run is given epoch e again, its passes that are
         exhausted yield nothing, and what follows them in the epoch's body runs.
-Rule 5. On a stop, a pass goes on until the items in hand are used (an accumulation is completed), within bounds.
+Rule 5. A resumed epoch is entered in the random state of its beginning, so that an order that the program draws in its
+        body is the same one; where the saved pass is opened again, the random state of the checkpoint is put back.
+Rule 6. On a stop, a pass goes on until the items in hand are used (an accumulation is completed), within bounds.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from supervise_core.boundary import StepBoundary, StepCounter
 from supervise_core.coordinator import Coordinator
 from supervise_core.data_source import BatchSource
 from supervise_core.data_stream import Stream
 from supervise_core.errors import SessionStateError
+from supervise_core.process_random import RandomState
 
 _EXTRA_ITEMS_ON_STOP: Final = 8  # beyond the largest group seen: skipped AMP steps
+
+
+class RandomPort(NamedTuple):
+    """All random state that the program may draw from, as a whole."""
+
+    get: Callable[[], RandomState]
+    set: Callable[[RandomState], None]
+
 
 SourceFactory = Callable[[Any, int], BatchSource]
 
@@ -39,6 +50,7 @@ class DataLoop:
         boundary: StepBoundary,
         coordinator: Coordinator,
         mark: Callable[[], object],
+        random: RandomPort,
         run_seed: int,
         saved: dict[str, Any] | None = None,
     ) -> None:
@@ -47,6 +59,7 @@ class DataLoop:
         self.boundary = boundary
         self.coordinator = coordinator
         self.mark = mark
+        self._random = random
         self.exhausted: Callable[[], None] = lambda: None
         self.stopping: Callable[[], None] = lambda: None
         self.is_over = False
@@ -55,10 +68,13 @@ class DataLoop:
         self._run_seed: int = state.get("run_seed", run_seed)
         self._epochs: dict[str, int] = dict(state.get("epochs", {}))
         self._resumed_epochs = set(self._epochs)
-        self._streams = {name: Stream(name, entry) for name, entry in state.get("streams", {}).items()}
+        self._streams = {key: Stream(key, entry) for key, entry in state.get("streams", {}).items()}
         self.counting: str | None = state.get("counting")
+        self._epoch_random: RandomState | None = state.get("epoch_random")
+        self._random_after: RandomState | None = None
+        self._random_is_due = self._epoch_random is not None
         if self._epochs:
-            for stream in self._streams.values():  # the program enters the epoch's body from its beginning
+            for stream in self._inside():  # the program enters the epoch's body from its beginning
                 stream.seen = 0
         self._open: list[weakref.ref[Batches]] = []
         self._closed_at: int | None = None
@@ -74,7 +90,10 @@ class DataLoop:
 
     def batches(self, data: Any, name: str) -> Batches:
         """What ``sv.batches`` gives."""
-        return Batches(self, data, self._streams.setdefault(name, Stream(name)))
+        """A pass. In an epoch and outside of one a name means two streams: the end of an epoch is not the other's."""
+        in_epochs = self._step_at_epoch is not None
+        key = f"{name} in an epoch" if in_epochs else name
+        return Batches(self, data, self._streams.setdefault(key, Stream(key, inside=in_epochs)))
 
     def close(self) -> None:
         """The session ends: let go of the data, and of the processes that load it."""
@@ -122,6 +141,7 @@ class DataLoop:
             "counted": self.steps.counted,
             "counting": self.counting,
             "epochs": dict(self._epochs),
+            "epoch_random": self._epoch_random if any(stream.in_epoch for stream in self._inside()) else None,
             "streams": {
                 name: stream.position(unused.get(name, 0), goes_on=stream is going_on)
                 for name, stream in self._streams.items()
@@ -129,7 +149,9 @@ class DataLoop:
         }
 
     def is_between_steps(self) -> bool:
-        """Rule 3."""
+        """Rules 3 and 5."""
+        if self._random_after is not None:
+            return False
         return self._closed_at is None or self.steps.now() != self._closed_at
 
     def is_mid_epoch(self) -> bool:
@@ -175,12 +197,14 @@ class DataLoop:
         return self._source_of(data, 0).length()
 
     def _outermost(self) -> Batches | None:
-        while self._open:
-            batches = self._open[0]()
-            if batches is not None and batches.is_open:
-                return batches
-            self._open.pop(0)
-        return None
+        """The pass that was opened first, of those in the epoch; or else of those that were opened before it."""
+        self._open = [ref for ref in self._open if (batches := ref()) is not None and batches.is_open]
+        opened = [batches for ref in self._open if (batches := ref()) is not None]
+        inside = [batches for batches in opened if batches.stream.inside]
+        return next(iter(inside or opened), None)
+
+    def _inside(self) -> list[Stream]:
+        return [stream for stream in self._streams.values() if stream.inside]
 
     # ---- for the iterators
 
@@ -208,6 +232,7 @@ class DataLoop:
         stream.in_epoch = stream.seen
         if resuming is not None and resuming["finished"]:
             self._close_stretch(stream)
+            self._put_random_back()
             return False
         if self.counting is None:
             self.counting = stream.name
@@ -219,12 +244,14 @@ class DataLoop:
         else:
             source.start(stream.passes - 1, resuming["state"], resuming["consumed"])
             stream.handed = resuming["consumed"]
+            self._put_random_back()
         stream.source, stream.finished = source, False
         stream.settle(self.steps, asked=False, counts=stream.name == self.counting)  # steps made before are not its own
         stream.is_inner = self._outermost() is not None
         stream.left_at = None
-        if self._closed_by is stream:  # a loop without sv.epochs begins a further round
+        if self._closed_by is stream:
             self._closed_at = None
+        if self._closed_by is stream and not self._epochs:  # a loop without sv.epochs begins a further round
             for earlier in self._streams.values():
                 if earlier is not stream and not earlier.is_unfinished:
                     earlier.forget()
@@ -261,21 +288,36 @@ class DataLoop:
                 "sv.epochs(5, name='fine-tuning')"
             )
         self._epochs[name] = first
+        self._epoch_random = self._random.get()
         return first
+
+    def enter_epoch(self) -> None:
+        """Rule 5, where the body of a resumed epoch begins. Until the state is put back, there is no boundary."""
+        if self._random_is_due and not self._resumed_epochs and self._epoch_random is not None:
+            self._random_after = self._random.get()
+            self._random.set(self._epoch_random)
+        self._random_is_due = self._random_is_due and bool(self._resumed_epochs)
+
+    def _put_random_back(self) -> None:
+        """Rule 5: the program has drawn again what it drew in the epoch before the saved pass."""
+        if self._random_after is not None and not any(stream.resuming for stream in self._inside()):
+            self._random.set(self._random_after)
+            self._random_after = None
 
     def end_epoch(self, name: str, following: int) -> None:
         """The body of an epoch is through."""
         for ref in self._open:
-            if (batches := ref()) is not None:
+            if (batches := ref()) is not None and batches.stream.inside:
                 batches.leave()
-        self._open.clear()
         self._epochs[name] = following
         inside = list(self._epochs)[list(self._epochs).index(name) + 1 :]
         for other in inside:
             del self._epochs[other]
             self._resumed_epochs.discard(other)
-        for stream in self._streams.values():
+        for stream in self._inside():
             stream.end_of_epoch()
+        self._put_random_back()
+        self._epoch_random = self._random.get()
         self._closed_at = None
         self._closed_by = None
         self._step_at_epoch = self.steps.now()
@@ -320,6 +362,7 @@ class Epochs(Iterator[int]):
             self._ended = True
             loop.leave_epochs()
             raise StopIteration
+        loop.enter_epoch()
         return self._epoch
 
 
@@ -395,7 +438,7 @@ class Batches(Iterator[Any]):
         self.is_open = True
 
     def _may_end(self) -> bool:
-        """Rule 5."""
+        """Rule 6."""
         stream = self.stream
         if not stream.in_hand or not stream.trains:
             return True

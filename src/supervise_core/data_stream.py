@@ -11,9 +11,11 @@ from supervise_core.data_source import BatchSource
 class Stream:
     """All passes of one name: how many there were, and where the current one stands."""
 
-    def __init__(self, name: str, saved: dict[str, Any] | None = None) -> None:
+    def __init__(self, name: str, saved: dict[str, Any] | None = None, *, inside: bool = False) -> None:
         state: dict[str, Any] = saved or {}
         self.name = name
+        self.inside: bool = state.get("inside", inside)
+        """Whether its passes are those of an epoch of ``sv.epochs``."""
         self.passes: int = state.get("passes", 0)
         self.in_epoch: int = state.get("in_epoch", 0)
         self.resuming: dict[str, Any] | None = state.get("current")
@@ -67,6 +69,7 @@ class Stream:
         if self.is_inner:
             in_epoch, current = (1, current) if self.is_unfinished else (0, None)
         return {
+            "inside": self.inside,
             "passes": self.passes,
             "in_epoch": in_epoch,
             "largest_group": self.largest_group,

@@ -58,7 +58,12 @@ class DirectoryStore(CheckpointStore):
     # ---- the writer
 
     def acquire(self) -> None:
-        ensure_directory(self._disk, self.path)
+        try:
+            ensure_directory(self._disk, self.path)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise NotADirectoryError(
+                errno.ENOTDIR, "the logdir, or what it should lie in, is a file; name a directory", str(self.path)
+            ) from error
         self._lease.acquire()
         try:
             self._sweep()

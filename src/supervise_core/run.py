@@ -13,14 +13,14 @@ from typing import Any, Final, Generic, TypeVar
 from supervise_core.boundary import StepBoundary, StepCounter
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.coordinator import Coordinator, stack_of
-from supervise_core.data_loop import DataLoop
+from supervise_core.data_loop import DataLoop, RandomPort
 from supervise_core.lease import BEAT_EVERY
 from supervise_core.looper import Looper
 from supervise_core.plan import Plan
 from supervise_core.report import RunReport
 from supervise_core.saving import RunSaver
 from supervise_core.services import Service, ServiceContext
-from supervise_core.signals import StopSignals, exit_status_of
+from supervise_core.signals import StopSignals, exception_of, exit_status_of
 from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
 from supervise_core.summaries import EventLog, read_value
 
@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 SessionT = TypeVar("SessionT")
 
 _GRACE_WHEN_INSISTED: Final = 1.0
+
+
+TRAINING_BLOCK: Final = "the training block"
+"""The source of errors of the user's own training code."""
 
 
 class Run(Generic[SessionT]):
@@ -52,7 +56,7 @@ class Run(Generic[SessionT]):
         self._services: list[Service] = []
         self._home = ExitStack()
         self._left_by: BaseException | None = None
-        self._closed = False
+        self._opened = self._closed = False
 
     # ---- the road
 
@@ -75,6 +79,7 @@ class Run(Generic[SessionT]):
             self._prepare_saving()
             self._start_services(start_standard_services)
             self._home = road.pop_all()
+            self._opened = True
         plan.hooks.call(
             "supervise_session_ready",
             session=self.session, logdir=plan.logdir, step=self.report.first_step, restored=self.report.restored,
@@ -108,6 +113,9 @@ class Run(Generic[SessionT]):
             self.boundary,
             self.coordinator,
             functools.partial(backend.mark, session),
+            RandomPort(
+                functools.partial(backend.random_state, session), functools.partial(backend.set_random_state, session)
+            ),
             backend.run_seed(session),
             position,
         )
@@ -157,17 +165,20 @@ class Run(Generic[SessionT]):
         assert events is not None
         before = set(threading.enumerate())
         content = self.manager.recovery.content
-        events.add_session_log("START", self.report.first_step)
-        if content is not None:
-            events.repeat(content.run_state.get("events", []), self.report.first_step)
+        step = self.steps.now()
+        events.add_session_log("START", step)
+        if content is not None and step == self.report.first_step:
+            events.repeat(content.run_state.get("events", []), step)
         if plan.summarize_every is not None:
             self.summaries = SummaryService(events, plan.summarize_every, plan.operations.summary)
             self._start(self.summaries)
             self._start(StepRateService(events, plan.summarize_every))
         if self.saver is not None:
             self._start(CheckpointService(self.saver.checkpointer, plan.save_every))
-            if content is None or self.report.restored not in self._own_checkpoints():
-                self.saver.checkpointer.save(self.report.first_step, wait=True)
+            if self._opened:  # late: the loop may be within a step
+                self.saver.checkpointer.request()
+            elif content is None or self.report.restored not in self._own_checkpoints():
+                self.saver.checkpointer.save(step, wait=True)
         return [thread for thread in threading.enumerate() if thread not in before]
 
     def _own_checkpoints(self) -> list[str]:
@@ -258,6 +269,8 @@ class Run(Generic[SessionT]):
         self, error: BaseException | None, threads: Iterable[threading.Thread], close_summary_writer: bool
     ) -> None:
         self._signals.saving = True
+        if self.steps.now() > self.report.first_step + 1:
+            self.boundary.warn_of_no_boundary(self.steps.now())
         self._left_by = error
         asked = self.coordinator.should_stop()
         withheld = self._judge(error)
@@ -278,15 +291,16 @@ class Run(Generic[SessionT]):
             return "a further signal asked for an end at once"
         if error is None or isinstance(error, self.plan.backend.clean_stop):
             if error is not None:
-                self.coordinator.request_stop(error, source="the training block")
-            return ""
+                self.coordinator.request_stop(error, source=TRAINING_BLOCK)
+            caught = any(cause.source == TRAINING_BLOCK for cause in self.coordinator.errors)
+            return "an error in the training block was caught by stop_on_exception" if caught else ""
         if isinstance(error, StopIteration):
             error.add_note(
                 "StopIteration left the training block. To end a run at the end of its data, leave the loop, "
                 "call sv.request_stop(), or iterate over sv.batches(...)."
             )
         if isinstance(error, Exception):
-            self.coordinator.request_stop(error, source="the training block")
+            self.coordinator.request_stop(error, source=TRAINING_BLOCK)
         else:
             self.coordinator.request_stop(source=f"{type(error).__name__} in the training block")
         return f"the training block ended with {type(error).__name__}"
@@ -315,6 +329,15 @@ class Run(Generic[SessionT]):
         report.exit_status = 1 if report.errors else _exit_status(self._left_by, self._signals)
         _log.info("run ended: %s", report)
         self.plan.hooks.call("supervise_run_closed", report=report)
+
+    def raise_signal_instead(self, error: BaseException) -> None:
+        """After a start that was stopped: raise what the signal stands for that stopped it, if one did.
+
+        :raises SystemExit, KeyboardInterrupt: for that signal.
+        """
+        if (number := self._signals.first) is not None:
+            self.report.exit_status = exit_status_of(number)
+            raise exception_of(number) from error
 
     def judge_late(self, error: BaseException | None) -> None:
         """Take note of what the block ended with, after a ``stop()`` inside it."""

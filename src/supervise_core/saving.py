@@ -64,7 +64,11 @@ class RunSaver:
         """Keep metrics for the checkpoint of this step, and have it taken if they decide what is kept."""
         known = self._metrics[1] if self._metrics[0] == step else {}
         self._metrics = (step, known | dict(values))
-        if self.checkpointer.metrics_ranked & values.keys():
+        if not self.checkpointer.metrics_ranked & values.keys():
+            return
+        if self.checkpointer.is_serving and self._loop.position_at_stop() is not None:
+            self.checkpointer.save(step, wait=True)  # now: at the next boundary the model may be a step further
+        else:
             self.checkpointer.request()
 
     def hold_at_stop(self) -> None:

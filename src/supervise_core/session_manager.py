@@ -23,6 +23,7 @@ from supervise_core.errors import (
     ReadinessTimeoutError,
     SessionStateError,
 )
+from supervise_core.manifest import MANIFEST, STATE
 from supervise_core.operations import Operations
 from supervise_core.readiness import NotReady, Readiness, Ready
 
@@ -75,6 +76,7 @@ class SessionManager(Generic[SessionT]):
         self._operations = operations or Operations.of(backend)
         self._store = store
         self._stop = StopSignal(clock)
+        self._newer: list[CheckpointId] = []
         self.recovery = Recovery()
         """What the last call did."""
 
@@ -209,6 +211,8 @@ class SessionManager(Generic[SessionT]):
             return False
         load(session, content.parts)
         self.recovery.content = content
+        if self._store is not None:  # only now, when the older one is known to fit
+            self._retire(self._store, self._newer, f"resume={self.recovery.restored}")
         return True
 
     def _nothing_to_resume(self) -> str:
@@ -216,6 +220,7 @@ class SessionManager(Generic[SessionT]):
         return f"resume='must' needs a checkpoint, and {where}. Begin with resume='auto', or name the right logdir."
 
     def _content_to_restore(self, resume: Resume) -> CheckpointContent | None:
+        self._newer = []
         if resume not in ("auto", "must", "never"):
             return self._chosen(Path(resume))
         store = self._store
@@ -237,6 +242,7 @@ class SessionManager(Generic[SessionT]):
             name = store.name_of(checkpoint)
             try:
                 with store.open(checkpoint) as reader:
+                    reader.manifest_of(checkpoint)
                     content = read_checkpoint(reader)
             except CheckpointDamagedError as error:
                 _log.warning("%s in %s is damaged and set aside: %s", name, store.location, error.reason)
@@ -260,11 +266,15 @@ class SessionManager(Generic[SessionT]):
         if store is not None and own is None and store.checkpoints():
             _log.info("%s has checkpoints of its own; going on from there and not from %s", store.location, path)
             return self._content_to_restore("auto")
+        if not any((path / name).exists() for name in (MANIFEST, STATE)) and path.is_dir():
+            raise CheckpointNotFoundError(
+                f"{path} is no checkpoint but another directory; name one, such as {path / 'model.ckpt-100'}, "
+                "or go on with a log directory by logdir="
+            )
         with self._open_chosen(path) as reader:
             content = read_checkpoint(reader)
         if store is not None and own is not None:
-            newer = [checkpoint for checkpoint in store.checkpoints() if checkpoint > own]
-            self._retire(store, newer, f"resume={path.name}")
+            self._newer = [checkpoint for checkpoint in store.checkpoints() if checkpoint > own]
         self.recovery.restored = str(path) if own is None else path.name
         return content
 

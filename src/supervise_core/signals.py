@@ -55,13 +55,16 @@ class StopSignals:
 
     def restore(self) -> None:
         """Put the handlers back that were there before; safe to call twice."""
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
-        if self._thread is not None:
-            self._requests.put(None)
-            self._thread.join()
-            self._thread = None
+        try:
+            while self._before:
+                number, handler = self._before.popitem()
+                if signal.getsignal(number) == self._handle:
+                    signal.signal(number, handler)
+        finally:
+            if self._thread is not None:
+                self._requests.put(None)
+                self._thread.join()
+                self._thread = None
 
     def end_process_as_signalled(self) -> None:
         """Raise what the signal would have ended the process with, had it not been for the final save.
@@ -69,11 +72,13 @@ class StopSignals:
         :raises SystemExit: 143 after SIGTERM. :raises KeyboardInterrupt: after SIGINT.
         """
         if self.first is not None:
-            raise _exception_of(self.first)
+            raise exception_of(self.first)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a forked child; its own end is its parent's affair
+            signal.signal(number, self._before.get(signal.Signals(number), signal.SIG_DFL))  # a forked child has
+            os.kill(os.getpid(), number)  # a life of its own, and ends as it would have without this session
+            return
         received = signal.Signals(number)
         now = self._coordinator.clock.monotonic()
         if self.first is None:
@@ -85,10 +90,15 @@ class StopSignals:
         self._count += 1
         if received is signal.SIGINT or self._count >= 3:
             self.insisted = True
-            raise _exception_of(received)
+            raise exception_of(received)
 
     def _forward(self) -> None:
         while (received := self._requests.get()) is not None:
+            _log.warning(
+                "%s: stopping at the next step boundary, with a final save; SIGINT after %g more seconds ends at once",
+                received.name,
+                _ONE_REQUEST,
+            )
             self._coordinator.request_stop(source=f"signal {received.name}")
 
 
@@ -97,5 +107,6 @@ def exit_status_of(number: signal.Signals) -> int:
     return 128 + number
 
 
-def _exception_of(number: signal.Signals) -> BaseException:
+def exception_of(number: signal.Signals) -> BaseException:
+    """What a signal would have ended the process with."""
     return KeyboardInterrupt() if number is signal.SIGINT else SystemExit(exit_status_of(number))

@@ -83,6 +83,17 @@ def read_value(value: Any) -> Any:
                 ) from error
 
 
+def read_number(name: str, value: Any) -> float:
+    """A number of any framework as a float.
+
+    :raises TypeError: if it is none; names it.
+    """
+    try:
+        return float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"the metric {name!r} is no number but {value!r}") from error
+
+
 class EventLog:
     """One event file in a directory, appended to by any thread."""
 

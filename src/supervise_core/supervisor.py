@@ -26,11 +26,11 @@ from supervise_core.plan import Plan
 from supervise_core.plugins import hooks_of_run
 from supervise_core.report import RunReport
 from supervise_core.retention import KeepLatest, Retention
-from supervise_core.run import Run
+from supervise_core.run import TRAINING_BLOCK, Run
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
 from supervise_core.snapshot import Snapshot, Staging
-from supervise_core.summaries import EventLog, read_value
+from supervise_core.summaries import EventLog, read_number, read_value
 from supervise_core.triggers import EverySeconds, Trigger
 
 _log = logging.getLogger(__name__)
@@ -99,7 +99,12 @@ class Supervisor(Generic[SessionT]):
         :raises TypeError: if an argument is not of its kind.
         :raises ValueError: if one has an impossible value.
         """
+        services, plugins = tuple(services), tuple(plugins)
         _check_arguments(backend, save_every, summarize_every, keep, grace)
+        _check_objects("services", services, Service)
+        _check_objects("plugins", plugins, object)
+        if not isinstance(resume, (str, os.PathLike)):
+            raise TypeError(f"resume= takes 'auto', 'must', 'never' or the path of a checkpoint, not {resume!r}")
         own_clock = clock or SystemClock()
         path = None if logdir is None else Path(logdir)
         own_store = DirectoryStore(path, clock=own_clock) if store is None and path is not None else store
@@ -118,7 +123,7 @@ class Supervisor(Generic[SessionT]):
             save_every=save_every,
             summarize_every=summarize_every,
             keep=keep,
-            services=tuple(services),
+            services=services,
             resume=resume,
             grace=grace,
             signals=signals,
@@ -177,7 +182,15 @@ class Supervisor(Generic[SessionT]):
             self._coordinator = self._new_coordinator()
         self._report = RunReport()
         run = Run(self._plan, self._coordinator, self._report)
-        run.open(master, config, max_wait_secs, start_standard_services)
+        try:
+            run.open(master, config, max_wait_secs, start_standard_services)
+        except BaseException as error:
+            self._coordinator.request_stop(error, source="the start of the session")
+            self._report.cause, self._report.exit_status = self._coordinator.cause, 1
+            if isinstance(error, SessionStateError):
+                run.raise_signal_instead(error)
+            raise
+        self._handled_at_open = sys.exception()
         self._run = run
         self._attach(run)
         atexit.register(self._stop_at_exit)
@@ -220,7 +233,13 @@ class Supervisor(Generic[SessionT]):
             self._coordinator.request_stop(source="sv.stop()")
             self._coordinator.join(threads, self._plan.grace, ignore_live_threads)
             return
-        self._close(run, sys.exception(), threads, close_summary_writer)
+        if threading.get_ident() != run.boundary.training_thread:
+            raise SessionStateError(
+                "sv.stop() closes the session, on the thread that opened it; from another thread call sv.request_stop()"
+            )
+        handled = sys.exception()
+        error = None if handled is self._handled_at_open else handled
+        self._close(run, error, threads, close_summary_writer)
         self._coordinator.raise_requested_exception()
         if self._report.stragglers and not ignore_live_threads:
             raise StragglersError(self._plan.grace, self._report.stragglers)
@@ -255,7 +274,7 @@ class Supervisor(Generic[SessionT]):
 
         With ``KeepBest`` on one of them, a checkpoint is taken at the next boundary.
         """
-        self._open_run("metrics").report_metrics({name: float(value) for name, value in values.items()})
+        self._open_run("metrics").report_metrics({name: read_number(name, value) for name, value in values.items()})
 
     def save(self) -> None:
         """Have a checkpoint taken at the next step boundary.
@@ -303,8 +322,13 @@ class Supervisor(Generic[SessionT]):
         return self._coordinator.wait_for_stop(timeout)
 
     def stop_on_exception(self) -> AbstractContextManager[None]:
-        """A block whose exceptions stop the run, and are raised at its end."""
-        return self._coordinator.stop_on_exception()
+        """A block whose exceptions stop the run, and are raised at its end.
+
+        On the training thread such an error withholds the final save, as one that leaves the training block does.
+        """
+        run = self._run
+        training = run is not None and threading.get_ident() == run.boundary.training_thread
+        return self._coordinator.stop_on_exception(TRAINING_BLOCK if training else None)
 
     # ---- what it is made of
 
@@ -361,6 +385,7 @@ class Supervisor(Generic[SessionT]):
     # ---- inside
 
     _open_events: EventLog | None = None
+    _handled_at_open: BaseException | None = None
 
     def _new_coordinator(self) -> Coordinator:
         return Coordinator(self._plan.backend.clean_stop, self._plan.clock)
@@ -446,6 +471,12 @@ class _NoBoundary:
 
 class _NoSummaries:
     approaching = False
+
+
+def _check_objects(argument: str, given: tuple[object, ...], kind: type) -> None:
+    for item in given:
+        if isinstance(item, (type, str)) or not isinstance(item, kind):
+            raise TypeError(f"{argument}= takes objects ({kind.__name__}s), such as {argument}=[Mine()], not {item!r}")
 
 
 def _check_arguments(backend: object, save_every: object, summarize_every: object, keep: object, grace: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -117,8 +119,19 @@ def test_outside_the_main_thread_nothing_is_taken_over(coordinator: Coordinator)
     made.restore()
 
 
-def test_a_forked_child_asks_for_nothing(signals: StopSignals, coordinator: Coordinator) -> None:
-    signals._process += 1
-    send(signal.SIGTERM)
+def test_a_forked_child_ends_as_it_would_without_a_session(signals: StopSignals, coordinator: Coordinator) -> None:
+    context = multiprocessing.get_context("fork")
+    lives = context.Event()
+
+    def live() -> None:
+        lives.set()
+        time.sleep(60)
+
+    child = context.Process(target=live)
+    child.start()
+    assert lives.wait(30)  # Python forgets signals that come while it forks
+    child.terminate()
+    child.join(30)
+    assert child.exitcode == -signal.SIGTERM
     assert signals.first is None
     assert not coordinator.should_stop()

@@ -24,6 +24,8 @@ class ArraySession:
     says ``sess.global_step += 0`` before it: until the step is set for the first time, each item counts as one.
     """
 
+    __slots__ = ("_arrays", "_step", "notify")
+
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self._arrays = arrays
         self._step: int | None = None

@@ -203,7 +203,8 @@ class TorchBackend(Backend[TorchSession]):
         return torch.initial_seed() & 0x7FFF_FFFF_FFFF_FFFF
 
     def batch_source(self, session: TorchSession, data: Any, run_seed: int) -> BatchSource:
-        if isinstance(data, DataLoader) and not is_stateful(data):
+        # a loader with an iteration of its own is replayed: what it does with the batches is not known
+        if isinstance(data, DataLoader) and type(data).__iter__ is DataLoader.__iter__ and not is_stateful(data):
             return LoaderSource(data, run_seed)
         return super().batch_source(session, data, run_seed)
 

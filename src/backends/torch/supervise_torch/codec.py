@@ -27,7 +27,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
     """Dense tensors. Strides that only permute the dimensions (``channels_last``, transposed) are kept."""
 
     def __init__(self) -> None:
-        self._pinned: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._free: dict[int, list[torch.Tensor]] = {}  # pinned buffers by their size in bytes
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def recognises(self, value: Any) -> bool:
@@ -123,7 +123,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         copies: list[tuple[torch.Tensor, memoryview]] = []
         with torch.cuda.stream(side):
             for tensor, memory in items:
-                pinned = self._pinned_for((device, len(copies)), tensor)
+                pinned = self._take_pinned(tensor)
                 pinned.copy_(tensor, non_blocking=True)
                 tensor.record_stream(side)
                 copies.append((pinned, memory))
@@ -133,17 +133,20 @@ class TorchCodec(TensorCodec[torch.Tensor]):
 
         def finish() -> None:
             copied.synchronize()
-            for pinned, memory in copies:
+            while copies:
+                pinned, memory = copies.pop()
                 _copy_into(memory, pinned)
+                buffer = pinned.reshape(-1).view(torch.uint8)
+                self._free.setdefault(buffer.numel(), []).append(buffer)
 
         return finish
 
-    def _pinned_for(self, place: tuple[torch.device, int], tensor: torch.Tensor) -> torch.Tensor:
-        kept = self._pinned.get(place)
+    def _take_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A pinned buffer, nobody else's until its copy was fetched from it: several parts share one snapshot."""
         nbytes = tensor.numel() * tensor.element_size()
-        if kept is None or kept.numel() < nbytes:
-            kept = self._pinned[place] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        return kept[:nbytes].view(tensor.dtype).reshape(tensor.shape)
+        free = self._free.get(nbytes)
+        buffer = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return buffer.view(tensor.dtype).reshape(tensor.shape)
 
 
 def _check_dense(value: torch.Tensor) -> None:
