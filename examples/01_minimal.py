@@ -3,7 +3,7 @@
 Run it; end it at any moment with Ctrl-C, or with ``kill -9``; run it again. It goes on with the very next batch, and
 ends with the same weights, to the last bit, as if nothing had happened::
 
-    pip install 'supervise-core[examples]'
+    pip install '.[examples]'
     python examples/01_minimal.py --logdir runs/minimal
 """
 

@@ -2,7 +2,7 @@
 
 Run it, end it at any moment, run it again: it goes on with the very next batch, whatever the number of data workers::
 
-    pip install 'supervise-core[torch,examples]'
+    pip install '.[torch,examples]'
     python examples/02_torch_digits.py --logdir runs/digits --epochs 5
 """
 

@@ -3,7 +3,7 @@
 It counts in steps, not in epochs: one endless stream of random windows, whose generator is a part of the checkpoint.
 Gradients are accumulated over two batches; no checkpoint ever holds half a step::
 
-    pip install 'supervise-core[torch]'
+    pip install '.[torch]'
     python examples/03_char_transformer.py --logdir runs/characters --steps 100
 """
 
