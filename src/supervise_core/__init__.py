@@ -7,7 +7,7 @@ The floors of this package, from what users call down to what knows nothing; imp
      9   saving
      8   plan, reading, standard_services
      7   checkpointer, session_manager
-     6   checkpoint_files, directory_store, operations, plugins
+     6   arguments, checkpoint_files, directory_store, operations, plugins
      5   backend, checkpoint_store
      4   data_loop, manifest, snapshot
      3   data_stream, hookspecs, numpy_codec, safetensors_format, services

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from supervise_core.arguments import check_arguments, check_objects
 from supervise_core.backend import Backend
 from supervise_core.boundary import Appointment, StepBoundary
 from supervise_core.checkpoint_store import CheckpointStore
@@ -100,9 +101,9 @@ class Supervisor(Generic[SessionT]):
         :raises ValueError: if one has an impossible value.
         """
         services, plugins = tuple(services), tuple(plugins)
-        _check_arguments(backend, save_every, summarize_every, keep, grace)
-        _check_objects("services", services, Service)
-        _check_objects("plugins", plugins, object)
+        check_arguments(backend, save_every, summarize_every, keep, grace)
+        check_objects("services", services, Service)
+        check_objects("plugins", plugins, object)
         if not isinstance(resume, (str, os.PathLike)):
             raise TypeError(f"resume= takes 'auto', 'must', 'never' or the path of a checkpoint, not {resume!r}")
         own_clock = clock or SystemClock()
@@ -471,22 +472,3 @@ class _NoBoundary:
 
 class _NoSummaries:
     approaching = False
-
-
-def _check_objects(argument: str, given: tuple[object, ...], kind: type) -> None:
-    for item in given:
-        if isinstance(item, (type, str)) or not isinstance(item, kind):
-            raise TypeError(f"{argument}= takes objects ({kind.__name__}s), such as {argument}=[Mine()], not {item!r}")
-
-
-def _check_arguments(backend: object, save_every: object, summarize_every: object, keep: object, grace: float) -> None:
-    if not isinstance(backend, Backend):
-        hint = "; pass an object of the class, not the class" if isinstance(backend, type) else ""
-        raise TypeError(f"backend= takes a Backend, such as TorchBackend(model=model), not {backend!r}{hint}")
-    for name, trigger in (("save_every", save_every), ("summarize_every", summarize_every)):
-        if trigger is not None and not isinstance(trigger, Trigger):
-            raise TypeError(f"{name}= takes a trigger, such as EverySeconds(600) or EverySteps(100), not {trigger!r}")
-    if not isinstance(keep, Retention):
-        raise TypeError(f"keep= takes a retention rule, such as KeepLatest(5) or KeepAll(), not {keep!r}")
-    if not grace >= 0:
-        raise ValueError(f"grace= takes a number of seconds that is not negative, not {grace!r}")
