@@ -207,7 +207,6 @@ class Checkpointer:
 
     def _failed(self, pending: PendingSave, error: Exception) -> None:
         self._failures += 1
-        self._report.failed_saves += 1
         lost = not isinstance(error, OSError) or isinstance(error, LeaseError)
         _log.error(
             "the checkpoint of step %d could not be saved in %s (failure %d in a row): %s",
@@ -220,6 +219,7 @@ class Checkpointer:
         elif self._appointment is not None:
             self._wanted = False
             self._appointment.postpone(RETRY_AFTER[self._failures - 1])
+        self._report.failed_saves += 1  # last: who sees it may count on the next try having its time
 
     def _commit(self, pending: PendingSave) -> None:
         same_step = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step == pending.step]
