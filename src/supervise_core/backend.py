@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from supervise_core.data_source import BatchSource, ReplayedSource, StatefulSource, is_stateful
 from supervise_core.numpy_codec import NumpyCodec
 from supervise_core.process_random import RandomState, process_random_state, seed_process, set_process_random_state
 from supervise_core.readiness import Readiness, Ready
+from supervise_core.services import Service
 from supervise_core.snapshot import Parts, Snapshot, Staging
 from supervise_core.tensors import TensorCodec
 
@@ -31,6 +32,13 @@ class Backend(ABC, Generic[SessionT]):
 
     recoverable: ClassVar[tuple[type[BaseException], ...]] = ()
     """Exceptions that mean "lost a peer": worth another try."""
+
+    step_name: str = "global_step"
+    """What the steps are called in summaries."""
+
+    saves_beside_the_loop: ClassVar[bool] = False
+    """Whether ``snapshot`` may be called by another thread while training runs. Then a program that never comes to a
+    step boundary is saved all the same, and the checkpoint is marked as one that may mix two steps."""
 
     codec: ClassVar[TensorCodec[Any]] = NumpyCodec()
     """How this framework's tensors become bytes; also makes the tensors that ``CheckpointDirectory`` hands out."""
@@ -81,13 +89,34 @@ class Backend(ABC, Generic[SessionT]):
         """What every session needs anew, restored or not, and no checkpoint holds."""
         return None
 
-    def summary(self, session: SessionT) -> Mapping[str, Any]:
-        """Values to write whenever a summary is due: numbers, strings, ``Histogram``, ``Image``, ``Text``."""
+    def summary(self, session: SessionT) -> Mapping[str, Any] | bytes:
+        """What to write whenever a summary is due: numbers, strings, ``Histogram``, ``Image``, ``Text`` by their tags,
+        or a serialized ``Summary`` message."""
         return {}
 
     def close_session(self, session: SessionT) -> None:
         """Let go of what the session holds; called once or more."""
         return None
+
+    def free_threads(self, session: SessionT) -> None:
+        """End the calls of the framework that other threads are blocked in. Called when threads outlive a stop."""
+        return None
+
+    def is_clean_stop(self, error: BaseException) -> bool:
+        """Whether an exception means that the input is exhausted; by default, whether it is one of ``clean_stop``."""
+        return isinstance(error, self.clean_stop)
+
+    def is_aftermath(self, error: BaseException) -> bool:
+        """Whether an exception only says that a call was ended because the session is being closed."""
+        return False
+
+    def services(self) -> Sequence[Service]:
+        """What the framework itself needs to have running beside training; started with the standard services."""
+        return ()
+
+    def opening_events(self, session: SessionT) -> Iterable[bytes]:
+        """Serialized ``Event`` messages that each event file begins with; a graph, say."""
+        return ()
 
     def watch_steps(self, session: SessionT, notify: Callable[[int], None]) -> Callable[[], None] | None:
         """Call ``notify(step)`` on the training thread after each step, until the function returned here is called.

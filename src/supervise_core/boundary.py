@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 _NEVER: Final = 1 << 62
 _STEPS_UNHEARD: Final = 20
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at something that is due and was not done."""
 
 
 class StepCounter:
@@ -50,6 +52,8 @@ class Appointment:
         self, boundary: StepBoundary, name: str, trigger: Trigger | None, action: Callable[[int], None], begun: Firing
     ) -> None:
         self.name = name
+        self.beside: Callable[[], None] | None = None
+        """What can be done without a boundary, by the timer's thread, where the loop comes to none."""
         self.approaching = False
         """Whether it is due at this boundary or the next one, so that values of this very step are wanted."""
         self.fired_by_time = False
@@ -103,18 +107,31 @@ class Appointment:
                 self._last = Firing(step, now, self._boundary.clock.monotonic() - now)
                 self.due = self._next()
 
-    def warn_if_overlooked(self, now: float) -> None:
-        """Say so once when it has been due for a whole further interval and no boundary came."""
+    def overlooked_at(self) -> float | None:
+        """The second from which on the loop must be said to come to no boundary."""
         due = self.due.seconds
-        if due is None or self._warned or now < due + (due - self._last.seconds):
+        return None if due is None else due + (due - self._last.seconds)
+
+    def look_if_overlooked(self, now: float) -> None:
+        """When it has been due for a whole further interval and no boundary came: say so once, and do what can be done
+        beside the loop."""
+        due, overlooked = self.due.seconds, self.overlooked_at()
+        if due is None or overlooked is None or now < overlooked:
             return
-        self._warned = True
-        _log.warning(
-            "%s have been due for %.0f s and the training loop has come to no step boundary; "
-            "call sv.should_stop() in the loop, or take its items from sv.batches(...)",
-            self.name,
-            now - due,
-        )
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "%s have been due for %.1f s and the training loop has come to no step boundary; "
+                "call sv.should_stop() in the loop, or take its items from sv.batches(...)%s",
+                self.name,
+                now - due,
+                "" if self.beside is None else ". Until then they are taken beside the loop, and may mix two steps",
+            )
+        if self.beside is not None:
+            with self._lock:
+                self._last = Firing(self._last.step, now)
+                self.due = self._next()
+            self.beside()
 
     def _next(self) -> Due:
         return Due() if self._trigger is None else self._trigger.next_due(self._last)
@@ -229,7 +246,9 @@ class StepBoundary:
                 continue
             appointment.approaching = True
             self.due = True
-            appointment.warn_if_overlooked(now)
-            moments.append(now + max(1.0, due - now))
+            appointment.look_if_overlooked(now)
+            overlooked = appointment.overlooked_at()
+            if overlooked is not None:
+                moments.append(overlooked if overlooked > now else now + _LOOK_EVERY)
         nearest = min(moments, default=math.inf)
         return None if nearest == math.inf else nearest - now

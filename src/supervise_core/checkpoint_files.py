@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final
 
-from supervise_core.checkpoint_store import CheckpointReader, Chunk, Draft
+from supervise_core.checkpoint_format import (
+    CheckpointContent,
+    CheckpointFormat,
+    CheckpointReader,
+    Chunk,
+    Draft,
+    Written,
+)
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.manifest import LARGEST_STATE, STATE, FileRecord, Manifest, check_file_name, hash_of
 from supervise_core.safetensors_format import parse, parse_json_object
@@ -40,15 +47,6 @@ def check_state_size(snapshot: Snapshot, run_state: Json) -> None:
     _state_bytes({"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state})
 
 
-class CheckpointContent:
-    """The verified content of one checkpoint, in memory."""
-
-    def __init__(self, manifest: Manifest, parts: Mapping[str, Part], run_state: Any) -> None:
-        self.manifest = manifest
-        self.parts = parts
-        self.run_state = run_state
-
-
 def read_checkpoint(reader: CheckpointReader, only: str | None = None) -> CheckpointContent:
     """Read and verify a whole checkpoint, or of its parts only one.
 
@@ -80,6 +78,19 @@ def verify_checkpoint(reader: CheckpointReader) -> Manifest:
     :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
     """
     return read_checkpoint(reader).manifest
+
+
+class SafetensorsFormat(CheckpointFormat):
+    """The format of the core: safetensors for tensors, tagged JSON for all else."""
+
+    def check(self, snapshot: Snapshot, run_state: Json) -> None:
+        check_state_size(snapshot, run_state)
+
+    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json) -> Written:
+        return Written(write_snapshot(draft, snapshot, run_state))
+
+    def read(self, reader: CheckpointReader, only: str | None = None) -> CheckpointContent:
+        return read_checkpoint(reader, only)
 
 
 class _Files:

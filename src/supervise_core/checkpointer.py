@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from supervise_core.boundary import Appointment
-from supervise_core.checkpoint_files import check_state_size, write_snapshot
-from supervise_core.checkpoint_store import CheckpointId, CheckpointStore
+from supervise_core.checkpoint_format import CheckpointId, Written
+from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock
 from supervise_core.coordinator import Coordinator
 from supervise_core.errors import CheckpointDamagedError, LeaseError
-from supervise_core.manifest import FileRecord, Manifest
+from supervise_core.manifest import Manifest
 from supervise_core.report import RunReport
 from supervise_core.retention import Kept, Retention
 from supervise_core.snapshot import Snapshot
@@ -36,6 +36,7 @@ class PendingSave:
     run_state: Json
     metrics: Mapping[str, float]
     final: bool = False
+    consistent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class Checkpointer:
     """Takes snapshots on the training thread and commits them on a thread of its own, one at a time.
 
     ``capture(step)`` makes the ``PendingSave`` of this moment in the one staging memory there is; so no snapshot is
-    taken while another one is being written from there.
+    taken while another one is being written from there. The lock keeps the training thread and the one that saves
+    beside the loop from taking two at once.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Checkpointer:
         self._failures = 0
         self._known: dict[CheckpointId, Kept] = {}
         self._thread: threading.Thread | None = None
+        self._taking = threading.Lock()
         self._final_error: BaseException | None = None
 
     # ---- the training thread
@@ -118,7 +121,7 @@ class Checkpointer:
         :raises UnsupportedStateError: for what cannot be kept.
         """
         pending = self._capture(step)
-        check_state_size(pending.snapshot, pending.run_state)
+        self._store.format.check(pending.snapshot, pending.run_state)
 
     def save(self, step: int, *, wait: bool) -> None:
         """Take a snapshot and have it written.
@@ -129,22 +132,35 @@ class Checkpointer:
         if self.is_busy and not wait:
             self._wanted = True
             return
-        failures = self._failures
-        self._await_idle()
-        if self._failures > failures:
-            return  # the one waited for failed; the next try has its time already
-        self._held = None
-        self._submit(self._capture(step))
+        with self._taking:
+            failures = self._failures
+            self._await_idle()
+            if self._failures > failures:
+                return  # the one waited for failed; the next try has its time already
+            self._held = None
+            self._submit(self._capture(step))
+
+    def save_beside(self, capture: Callable[[], PendingSave]) -> None:
+        """Have a snapshot written that another thread than the training thread takes, if the memory is free for it."""
+        if not self._taking.acquire(blocking=False):
+            return
+        try:
+            if self.is_serving and not self.is_busy and self._held is None and not self._coordinator.should_stop():
+                self._submit(capture())
+        finally:
+            self._taking.release()
 
     def hold(self, step: int) -> None:
         """Take a snapshot and keep it in memory, in case it turns out to be the last one that may be saved."""
-        if not self.is_busy:
-            self._held = self._capture(step)
+        with self._taking:
+            if not self.is_busy:
+                self._held = self._capture(step)
 
     def hold_final(self, step: int) -> None:
         """As ``hold``, but wait for the save that is being written, for its memory."""
-        self._await_idle()
-        self._held = self._capture(step)
+        with self._taking:
+            self._await_idle()
+            self._held = self._capture(step)
 
     @property
     def held_step(self) -> int | None:
@@ -224,10 +240,12 @@ class Checkpointer:
     def _commit(self, pending: PendingSave) -> None:
         same_step = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step == pending.step]
         older = same_step[-1] if same_step else None
+        if older is not None and not pending.consistent:
+            return  # what is there is as good or better
         draft = self._store.begin(CheckpointId(pending.step, 0 if older is None else older.revision + 1))
         try:
-            files = write_snapshot(draft, pending.snapshot, pending.run_state)
-            manifest = self._manifest(pending, files)
+            written = self._store.format.write(draft, pending.snapshot, pending.run_state)
+            manifest = self._manifest(pending, written)
             if older is not None and self._is_same(older, manifest):
                 draft.discard()
                 return
@@ -242,14 +260,16 @@ class Checkpointer:
         self._known.pop(committed, None)
         prune(self._store, self._keep, self._known)
 
-    def _manifest(self, pending: PendingSave, files: Mapping[str, FileRecord]) -> Manifest:
+    def _manifest(self, pending: PendingSave, written: Written) -> Manifest:
         return Manifest(
             step=pending.step,
             backend=self._labels.backend,
             wall_time=self._clock.time(),
             parts=tuple(pending.snapshot.parts),
-            files=files,
+            files=written.files,
             metrics=pending.metrics,
+            consistent=pending.consistent,
+            run=written.run,
             versions=self._labels.versions,
         )
 
@@ -259,7 +279,8 @@ class Checkpointer:
                 there = reader.manifest()
         except (CheckpointDamagedError, FileNotFoundError):
             return False
-        return there.files == manifest.files and there.metrics == manifest.metrics
+        known, new = ((one.files, one.run, one.metrics, one.consistent) for one in (there, manifest))
+        return known == new
 
 
 def prune(store: CheckpointStore, keep: Retention, read_before: dict[CheckpointId, Kept] | None = None) -> None:

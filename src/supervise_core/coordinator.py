@@ -9,11 +9,19 @@ import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from supervise_core.clock import Clock, SystemClock
 from supervise_core.errors import StragglersError
 
 _log = logging.getLogger(__name__)
+
+_UNAIDED: Final = 0.5
+"""Seconds that threads have to end on their own before what they may be blocked in is taken away from them."""
+
+
+def _never(_: BaseException) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +58,24 @@ class Coordinator(StopSignal):
     """Coordinates the end of a set of threads. One coordinator is for one run.
 
     The first request to stop is the *cause*, and it is kept. The first *error* is what ``join`` raises, even when a
-    stop without an error came before it; every later error is attached to the first one as a note. ``clean_stop``
-    are the exceptions that mean "the input is exhausted": they stop a run and are not errors.
+    stop without an error came before it; every later error is attached to the first one as a note.
     """
 
-    def __init__(self, clean_stop: Iterable[type[BaseException]] = (), clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        *,
+        is_clean_stop: Callable[[BaseException], bool] = _never,
+        is_aftermath: Callable[[BaseException], bool] = _never,
+    ) -> None:
+        """
+        :param is_clean_stop: whether an exception means "the input is exhausted": it stops a run and is no error.
+        :param is_aftermath: whether an exception only says that what its thread was using is being shut down. Once a
+            stop was requested that is no error either.
+        """
         super().__init__(clock)
-        self._clean_stop = tuple(clean_stop)
+        self._is_clean_stop = is_clean_stop
+        self._is_aftermath = is_aftermath
         self._lock = threading.Lock()
         self._cause: StopCause | None = None
         self._errors: list[StopCause] = []
@@ -81,8 +100,11 @@ class Coordinator(StopSignal):
         """
         if error is not None and not isinstance(error, BaseException):
             raise TypeError(f"request_stop takes an exception object or None, not {error!r}")
-        if error is not None and isinstance(error, self._clean_stop):
+        if error is not None and self._is_clean_stop(error):
             source, error = f"{source}: end of input ({type(error).__name__})", None
+        elif error is not None and self.should_stop() and self._is_aftermath(error):
+            _log.info("%s ended by the stop: %s", source, error)
+            return
         cause = StopCause(source, error)
         with self._lock:
             first = self._cause is None
@@ -152,16 +174,30 @@ class Coordinator(StopSignal):
         if stragglers and not ignore_live_threads:
             raise StragglersError(grace, {thread.name: stack_of(thread) for thread in stragglers})
 
-    def join_threads(self, threads: Iterable[threading.Thread] = (), grace: float = 120.0) -> list[threading.Thread]:
-        """Wait as ``join`` does, and raise nothing: the threads that are left. Those registered meanwhile count."""
+    def join_threads(
+        self,
+        threads: Iterable[threading.Thread] = (),
+        grace: float = 120.0,
+        free: Callable[[], object] | None = None,
+    ) -> list[threading.Thread]:
+        """Wait as ``join`` does, and raise nothing: the threads that are left. Those registered meanwhile count.
+
+        ``free`` is called once if threads are left soon after the stop; it may end what they are blocked in.
+        """
         given = list(threads)
         while not self._stopped.is_set() and (alive := self._alive(given)):
             self.clock.join(alive[0], 0.05)
-        deadline = self.clock.monotonic() + grace
-        while (alive := self._alive(given)) and (left := deadline - self.clock.monotonic()) > 0:
-            self.clock.join(alive[0], left)
+        began = self.clock.monotonic()
+        if free is not None and self._await_end(given, began + min(grace, _UNAIDED)):
+            free()
+        alive = self._await_end(given, began + grace)
         for thread in alive:
             _log.error("thread %r did not stop within %g s; it is at:\n%s", thread.name, grace, stack_of(thread))
+        return alive
+
+    def _await_end(self, given: list[threading.Thread], deadline: float) -> list[threading.Thread]:
+        while (alive := self._alive(given)) and (left := deadline - self.clock.monotonic()) > 0:
+            self.clock.join(alive[0], left)
         return alive
 
     def raise_requested_exception(self) -> None:

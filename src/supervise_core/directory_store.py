@@ -17,10 +17,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from supervise_core.checkpoint_store import CheckpointId, CheckpointReader, CheckpointStore, Chunk, Draft
+from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft
+from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock, SystemClock
 from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_file
-from supervise_core.errors import CheckpointDamagedError
+from supervise_core.errors import CheckpointDamagedError, CheckpointError
 from supervise_core.host import Host
 from supervise_core.lease import Lease, is_lost
 from supervise_core.manifest import MANIFEST, Manifest, check_file_name
@@ -64,6 +65,7 @@ class DirectoryStore(CheckpointStore):
             raise NotADirectoryError(
                 errno.ENOTDIR, "the logdir, or what it should lie in, is a file; name a directory", str(self.path)
             ) from error
+        self._refuse_other_layout(self._disk.names(self.path))
         self._lease.acquire()
         try:
             self._sweep()
@@ -73,6 +75,10 @@ class DirectoryStore(CheckpointStore):
 
     def release(self) -> None:
         self._lease.release()
+
+    @property
+    def is_writer(self) -> bool:
+        return self._lease.held
 
     def check_lease(self) -> None:
         self._lease.check()
@@ -87,9 +93,9 @@ class DirectoryStore(CheckpointStore):
         return _DirectoryDraft(self, checkpoint, draft)
 
     def remove(self, checkpoint: CheckpointId) -> None:
-        name = self.name_of(checkpoint)
-        trash = self._lease.directory / f"trash-{name}"
-        self._change(self._disk.rename, self.path / name, trash)
+        trash = self._lease.directory / f"trash-{self.name_of(checkpoint)}"
+        self._change(self._disk.make_directory, trash)
+        self._take_out(checkpoint, trash)
         self._disk.sync_directory(self.path)
         remove_tree(self._disk, trash)
 
@@ -126,6 +132,15 @@ class DirectoryStore(CheckpointStore):
 
     # ---- inside
 
+    def _refuse_other_layout(self, names: list[str]) -> None:
+        """:raises CheckpointError: if the directory holds checkpoints that this store would pass over in silence."""
+        bundle = re.compile(re.escape(self.basename) + r"-[0-9]+\.index")
+        if found := next((name for name in names if bundle.fullmatch(name)), None):
+            raise CheckpointError(
+                f"{self.path} holds checkpoints of TensorFlow ({found}), and this run keeps its own as directories. "
+                "Use another logdir, or supervise_tf's store=BundleStore(logdir), which keeps them as TensorFlow does."
+            )
+
     def _change(self, act: object, *paths: Path) -> None:
         """One call that makes a change from or into the lease directory; if that is gone, we were replaced."""
         assert callable(act)
@@ -146,9 +161,14 @@ class DirectoryStore(CheckpointStore):
         write_file(self._disk, parcel / _REASON, [json.dumps(record, indent=1).encode()])
         self._disk.sync_directory(parcel)
         self._change(self._lease.make_findable)
-        self._change(self._disk.rename, self.path / name, parcel / name)
+        self._take_out(checkpoint, parcel)
         self._disk.sync_directory(parcel)
         self._deliver(parcel)
+
+    def _take_out(self, checkpoint: CheckpointId, into: Path) -> None:
+        """Move a checkpoint out of the listing into a directory inside the lease directory."""
+        name = self.name_of(checkpoint)
+        self._change(self._disk.rename, self.path / name, into / name)
 
     def _deliver(self, parcel: Path) -> None:
         """Move ``<place>-<name>`` out of a lease directory to ``<place>/<name>`` (or ``<name>~2``, …)."""

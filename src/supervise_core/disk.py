@@ -10,12 +10,14 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 from weakref import finalize
 
 _READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+_PIECE: Final = 16 << 20
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -42,6 +44,14 @@ class Disk:
         """Make a file's content survive a power cut."""
         os.fsync(descriptor)
 
+    def sync_file(self, path: Path) -> None:
+        """Make the content of a file durable that something else wrote."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def close(self, descriptor: int) -> None:
         """Let go of a file that was created."""
         os.close(descriptor)
@@ -60,6 +70,10 @@ class Disk:
     def rename(self, source: Path, target: Path) -> None:
         """Rename; the target must not exist as a non-empty directory."""
         os.rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a further name."""
+        os.link(source, target)
 
     def exchange(self, one: Path, other: Path) -> None:
         """Give each of two names what the other one names, in one instant.
@@ -92,9 +106,9 @@ class Disk:
         except FileNotFoundError:
             return False
 
-    def open_directory(self, path: Path) -> OpenDirectory:
-        """Hold a directory and the files in it open, so that what is there now can be read to the end."""
-        return OpenDirectory(path)
+    def open_directory(self, path: Path, wanted: Callable[[str], bool] | None = None) -> OpenDirectory:
+        """Hold a directory and its files (those wanted) open, so that what is there now can be read to the end."""
+        return OpenDirectory(path, wanted)
 
     def read(self, directory: OpenDirectory, name: str) -> bytearray:
         """The whole content of a file held open."""
@@ -107,14 +121,14 @@ class OpenDirectory:
     Links, devices and pipes in it are not followed and not opened; they count as not there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wanted: Callable[[str], bool] | None = None) -> None:
         self.path = path
         opened: list[int] = []
         self._finalizer = finalize(self, _close_all, opened)
         try:
             here = os.open(path, _READ_FLAGS | os.O_DIRECTORY)
             opened.append(here)
-            self.files: Mapping[str, int] = dict(_open_regular_files(here, opened))
+            self.files: Mapping[str, int] = dict(_open_regular_files(here, opened, wanted))
         except BaseException:
             self.close()
             raise
@@ -138,6 +152,13 @@ class OpenDirectory:
         del content[done:]
         return content
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The content of a file, piece by piece."""
+        descriptor, done = self.files[name], 0
+        while piece := os.pread(descriptor, _PIECE, done):
+            done += len(piece)
+            yield piece
+
     def close(self) -> None:
         """Let go of the files; safe to call twice, and done by the garbage collector at the latest."""
         self._finalizer()
@@ -157,8 +178,10 @@ def _exchange(one: bytes, other: bytes) -> None:
     raise OSError(number, os.strerror(number), os.fsdecode(other))
 
 
-def _open_regular_files(directory: int, opened: list[int]) -> Iterable[tuple[str, int]]:
-    for name in os.listdir(directory):
+def _open_regular_files(
+    directory: int, opened: list[int], wanted: Callable[[str], bool] | None
+) -> Iterable[tuple[str, int]]:
+    for name in filter(wanted, os.listdir(directory)) if wanted else os.listdir(directory):
         try:
             descriptor = os.open(name, _READ_FLAGS, dir_fd=directory)
         except OSError as error:

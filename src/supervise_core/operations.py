@@ -35,7 +35,7 @@ class Operations(Generic[SessionT]):
     ready: Callable[[SessionT], Readiness] | None
     ready_for_local_init: Callable[[SessionT], Readiness] | None
     local_init: Callable[[SessionT], object] | None
-    summary: Callable[[SessionT], Mapping[str, Any]] | None
+    summary: Callable[[SessionT], Mapping[str, Any] | bytes] | None
     snapshot: Callable[[SessionT, Staging], Snapshot] | None
     load: Callable[[SessionT, Parts], object] | None
 
@@ -49,7 +49,7 @@ class Operations(Generic[SessionT]):
         ready: Callable[[SessionT], object] | None | Default = USE_BACKEND,
         ready_for_local_init: Callable[[SessionT], object] | None | Default = USE_BACKEND,
         local_init: Callable[[SessionT], object] | None | Default = USE_BACKEND,
-        summary: Callable[[SessionT], Mapping[str, Any]] | None | Default = USE_BACKEND,
+        summary: Callable[[SessionT], Mapping[str, Any] | bytes] | None | Default = USE_BACKEND,
         saver: Callable[[SessionT, Staging], Snapshot] | None | Default = USE_BACKEND,
     ) -> Operations[SessionT]:
         """The backend's operations, with those replaced that were given.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -10,12 +10,14 @@ from typing import Generic, TypeVar
 from supervise_core.backend import Backend
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock
+from supervise_core.coordinator import Coordinator
 from supervise_core.operations import Operations
 from supervise_core.plugins import RunHooks
 from supervise_core.retention import Retention
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
 from supervise_core.snapshot import Staging
+from supervise_core.summaries import EventLog
 from supervise_core.triggers import Trigger
 
 SessionT = TypeVar("SessionT")
@@ -41,3 +43,17 @@ class Plan(Generic[SessionT]):
     staging: Staging
     clock: Clock
     hooks: RunHooks
+    new_coordinator: Callable[[], Coordinator]
+    open_events: Callable[[], EventLog] | None
+    summarize_at_start: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How one session is to be opened."""
+
+    master: str = ""
+    config: object = None
+    wait_for_checkpoint: bool = False
+    max_wait_secs: float = 7200.0
+    start_standard_services: bool = True

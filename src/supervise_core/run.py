@@ -16,13 +16,14 @@ from supervise_core.coordinator import Coordinator, stack_of
 from supervise_core.data_loop import DataLoop, RandomPort
 from supervise_core.lease import BEAT_EVERY
 from supervise_core.looper import Looper
-from supervise_core.plan import Plan
+from supervise_core.plan import Opening, Plan
 from supervise_core.report import RunReport
 from supervise_core.saving import RunSaver
 from supervise_core.services import Service, ServiceContext
 from supervise_core.signals import StopSignals, exception_of, exit_status_of
 from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
 from supervise_core.summaries import EventLog, read_value
+from supervise_core.triggers import Trigger
 
 _log = logging.getLogger(__name__)
 
@@ -56,11 +57,11 @@ class Run(Generic[SessionT]):
         self._services: list[Service] = []
         self._home = ExitStack()
         self._left_by: BaseException | None = None
-        self._opened = self._closed = False
+        self._opened = self._closed = self._keep_session = False
 
     # ---- the road
 
-    def open(self, master: str, config: object, max_wait_secs: float, start_standard_services: bool) -> None:
+    def open(self, opening: Opening) -> None:
         """Bring the model up and start what watches over it. What fails on the way leaves nothing behind."""
         plan = self.plan
         with ExitStack() as road:
@@ -71,13 +72,13 @@ class Run(Generic[SessionT]):
             if plan.store is not None and plan.is_chief:
                 plan.store.acquire()
                 road.callback(plan.store.release)
-            self.session = self._bring_up(master, config, max_wait_secs)
-            road.callback(plan.backend.close_session, self.session)
+            self.session = self._bring_up(opening)
+            road.callback(self._close_session)
             self._place_boundary(road)
             road.push(self._close_events_on_failure)
             self._open_events()
             self._prepare_saving()
-            self._start_services(start_standard_services)
+            self._start_services(opening.start_standard_services)
             self._home = road.pop_all()
             self._opened = True
         plan.hooks.call(
@@ -85,10 +86,16 @@ class Run(Generic[SessionT]):
             session=self.session, logdir=plan.logdir, step=self.report.first_step, restored=self.report.restored,
         )  # fmt: skip
 
-    def _bring_up(self, master: str, config: object, max_wait_secs: float) -> SessionT:
+    def _bring_up(self, opening: Opening) -> SessionT:
         if not self.plan.is_chief:
-            return self.manager.wait_for_session(master, config, max_wait_secs, self.coordinator)
-        session = self.manager.prepare_session(master, config, resume=self.plan.resume)
+            return self.manager.wait_for_session(
+                opening.master, opening.config, opening.max_wait_secs, self.coordinator
+            )
+        session = self.manager.prepare_session(
+            opening.master, opening.config,
+            resume=self.plan.resume, wait_for_checkpoint=opening.wait_for_checkpoint,
+            max_wait_secs=opening.max_wait_secs, stop=self.coordinator,
+        )  # fmt: skip
         recovery = self.manager.recovery
         _log.info("%s", recovery)
         self.report.restored = recovery.restored
@@ -122,8 +129,9 @@ class Run(Generic[SessionT]):
         self.report.first_step = self.report.last_step = self.steps.now()
 
     def _open_events(self) -> None:
-        if self.plan.logdir is not None and self.plan.is_chief:
-            self.events = EventLog(self.plan.logdir, self.plan.clock)
+        if self.plan.open_events is not None and self.plan.is_chief:
+            self.events = self.plan.open_events()
+            self.events.begin(self.plan.backend.opening_events(self.session))
 
     def _close_events_on_failure(self, kind: object, error: object, trace: object) -> None:
         if error is not None and self.events is not None:
@@ -150,9 +158,9 @@ class Run(Generic[SessionT]):
         if self.plan.store is not None and self.plan.is_chief:
             Looper(self.coordinator, BEAT_EVERY, _beat, (self.plan.store,), name="supervise-core lease").start()
         try:
-            if standard and self.events is not None:
+            if standard and self.plan.logdir is not None and self.plan.is_chief:
                 self.start_standard_services()
-            for service in self.plan.services:
+            for service in (*(self.plan.backend.services() if standard else ()), *self.plan.services):
                 self._start(service)
         except BaseException as error:
             self._give_up(error)
@@ -162,24 +170,30 @@ class Run(Generic[SessionT]):
     def start_standard_services(self) -> list[threading.Thread]:
         """Checkpoints, summaries and steps per second, as far as the plan has them. The threads that run for them."""
         plan, events = self.plan, self.events
-        assert events is not None
         before = set(threading.enumerate())
         content = self.manager.recovery.content
         step = self.steps.now()
-        events.add_session_log("START", step)
-        if content is not None and step == self.report.first_step:
-            events.repeat(content.run_state.get("events", []), step)
-        if plan.summarize_every is not None:
-            self.summaries = SummaryService(events, plan.summarize_every, plan.operations.summary)
-            self._start(self.summaries)
-            self._start(StepRateService(events, plan.summarize_every))
+        if events is not None:
+            events.add_session_log("START", step)
+            if content is not None and step == self.report.first_step:
+                events.repeat(content.run_state.get("events", []), step)
+        if events is not None and plan.summarize_every is not None:
+            self._start_summaries(events, plan.summarize_every)
         if self.saver is not None:
-            self._start(CheckpointService(self.saver.checkpointer, plan.save_every))
+            beside = self.saver.save_beside if plan.backend.saves_beside_the_loop else None
+            self._start(CheckpointService(self.saver.checkpointer, plan.save_every, beside))
             if self._opened:  # late: the loop may be within a step
                 self.saver.checkpointer.request()
             elif content is None or self.report.restored not in self._own_checkpoints():
                 self.saver.checkpointer.save(step, wait=True)
         return [thread for thread in threading.enumerate() if thread not in before]
+
+    def _start_summaries(self, events: EventLog, trigger: Trigger) -> None:
+        self.summaries = SummaryService(events, trigger, self.plan.operations.summary)
+        self._start(self.summaries)
+        self._start(StepRateService(events, trigger, self.plan.backend.step_name))
+        if self.plan.summarize_at_start and self.summaries.appointment is not None:
+            self.summaries.appointment.request()
 
     def _own_checkpoints(self) -> list[str]:
         store = self.plan.store
@@ -243,13 +257,16 @@ class Run(Generic[SessionT]):
         error: BaseException | None = None,
         threads: Iterable[threading.Thread] = (),
         close_summary_writer: bool = True,
+        keep_session: bool = False,
     ) -> None:
         """The final save, the end of all services, and the release of what was acquired. Safe to call twice.
 
         ``error`` is what the training block ended with. Nothing is raised here but a signal that insists.
+        ``keep_session``: the program goes on using the session, and has it closed by ``close_session`` later.
         """
         if self._closed:
             return
+        self._keep_session = keep_session
         try:
             self._finish(error, threads, close_summary_writer)
         finally:
@@ -259,6 +276,15 @@ class Run(Generic[SessionT]):
             if close_summary_writer:
                 self.close_events()
             self._complete_report()
+
+    def close_session(self) -> None:
+        """Close the session itself, after a ``close`` that kept it; safe to call twice."""
+        self._keep_session = False
+        self._guard(self._close_session, "the end of the session")
+
+    def _close_session(self) -> None:
+        if not self._keep_session:
+            self.plan.backend.close_session(self.session)
 
     def close_events(self) -> None:
         """Close the event file; safe to call twice."""
@@ -281,7 +307,7 @@ class Run(Generic[SessionT]):
         if self.saver is not None and (failed := self.saver.checkpointer.finish()) is not None:
             self.report.final_save = f"failed: {failed}"
         self.report.last_step = self.steps.now()
-        if self.events is not None and close_summary_writer:
+        if self.events is not None and close_summary_writer and not self.events.is_closed:
             self._guard(self._write_stop_event, "the summary writer")
 
     def _judge(self, error: BaseException | None) -> str:
@@ -289,7 +315,7 @@ class Run(Generic[SessionT]):
         if self._signals.insisted:
             self.coordinator.request_stop(source="a further signal")
             return "a further signal asked for an end at once"
-        if error is None or isinstance(error, self.plan.backend.clean_stop):
+        if error is None or self.plan.backend.is_clean_stop(error):
             if error is not None:
                 self.coordinator.request_stop(error, source=TRAINING_BLOCK)
             caught = any(cause.source == TRAINING_BLOCK for cause in self.coordinator.errors)
@@ -306,7 +332,8 @@ class Run(Generic[SessionT]):
         return f"the training block ended with {type(error).__name__}"
 
     def _stop_services(self, grace: float, threads: Iterable[threading.Thread]) -> None:
-        for thread in self.coordinator.join_threads(threads, grace):
+        free = None if self._keep_session else functools.partial(self.plan.backend.free_threads, self.session)
+        for thread in self.coordinator.join_threads(threads, grace, free):
             self.report.stragglers[thread.name] = stack_of(thread)
         for service in reversed(self._services):
             self._guard(service.stop, f"service {service.name!r}")
@@ -350,7 +377,7 @@ class Run(Generic[SessionT]):
         :raises SystemExit, KeyboardInterrupt: for the signal that stopped a run without errors.
         """
         first = self.coordinator.errors[0].error if self.coordinator.errors else None
-        clean = error is None or isinstance(error, self.plan.backend.clean_stop)
+        clean = error is None or self.plan.backend.is_clean_stop(error)
         if error is not None and not isinstance(error, Exception) and not clean:
             if first is not None:
                 error.add_note(f"Before that, {self.coordinator.errors[0]}")

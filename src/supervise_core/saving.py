@@ -135,7 +135,25 @@ class RunSaver:
         finally:
             staging.discard()
         metrics = self._metrics[1] if self._metrics[0] == step else {}
-        return PendingSave(step, snapshot, run_state, metrics)
+        return PendingSave(step if snapshot.step is None else snapshot.step, snapshot, run_state, metrics)
+
+    def save_beside(self) -> None:
+        """Save without a boundary; on the timer's thread, while training runs."""
+        try:
+            self.checkpointer.save_beside(self._capture_beside)
+        except Exception as error:
+            _log.error("no checkpoint could be taken beside the training loop: %s", error, exc_info=error)
+            self._report.failed_saves += 1
+
+    def _capture_beside(self) -> PendingSave:
+        staging = self._plan.staging
+        try:
+            snapshot = self._snapshot(self._session, staging)
+        finally:
+            staging.discard()
+        step = self._loop.steps.now() if snapshot.step is None else snapshot.step
+        run_state = encode({"data": None, "events": []}, "the data's position")
+        return PendingSave(step, snapshot, run_state, {}, consistent=False)
 
     def _warn_of_repetition(self) -> None:
         if self._loop.is_mid_epoch() and not self._warned:

@@ -80,6 +80,10 @@ class ServiceContext:
         """Call ``target`` every ``interval`` seconds in a thread of its own."""
         return Looper.loop(self._coordinator, interval, target, args, kwargs)
 
+    def join_at_end(self, thread: threading.Thread) -> None:
+        """Have a thread that the service made itself joined when the run stops."""
+        self._coordinator.register(thread)
+
     def thread(self, name: str, target: Callable[[], object]) -> threading.Thread:
         """Run ``target`` in a thread that is joined when the run stops."""
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 from supervise_core.backend import Backend
-from supervise_core.checkpoint_files import CheckpointContent, read_checkpoint
-from supervise_core.checkpoint_store import CheckpointId, CheckpointReader, CheckpointStore
+from supervise_core.checkpoint_files import read_checkpoint
+from supervise_core.checkpoint_format import CheckpointContent, CheckpointId, CheckpointReader
+from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock
 from supervise_core.coordinator import StopSignal
 from supervise_core.directory_store import open_checkpoint_directory
@@ -61,8 +63,10 @@ class Recovery:
 class SessionManager(Generic[SessionT]):
     """Makes sessions whose model is ready. Usable on its own::
 
-    with store.writing():
-        session = SessionManager(backend, store=store).prepare_session()
+        with store.writing():
+            session = SessionManager(backend, store=store).prepare_session()
+
+    Without the lease nothing in the store is changed: what is damaged is then passed over, and not set aside.
     """
 
     def __init__(
@@ -80,18 +84,31 @@ class SessionManager(Generic[SessionT]):
         self.recovery = Recovery()
         """What the last call did."""
 
-    def prepare_session(self, master: str = "", config: object = None, *, resume: Resume = "auto") -> SessionT:
+    def prepare_session(
+        self,
+        master: str = "",
+        config: object = None,
+        *,
+        resume: Resume = "auto",
+        wait_for_checkpoint: bool = False,
+        max_wait_secs: float = 7200.0,
+        stop: StopSignal | None = None,
+    ) -> SessionT:
         """A session with a model that is ready: restored, or else initialised (``init``, then ``init_fn``).
 
-        Then ``ready_for_local_init`` is asked, ``local_init`` run, and ``ready`` asked.
+        Then ``ready_for_local_init`` is asked, ``local_init`` run, and ``ready`` asked. With ``wait_for_checkpoint``
+        somebody else puts the first checkpoint there, and it is waited for.
 
         :raises NotReadyError: if it is not ready after all that; says what is missing, by name.
+        :raises ReadinessTimeoutError: if no checkpoint came within ``max_wait_secs``.
         :raises CheckpointError: if it cannot be restored and must not be begun anew.
         :raises OSError: as the storage fails.
         """
         self.recovery = Recovery()
         with ExitStack() as on_failure:
             session = self._create(master, config, on_failure)
+            if wait_for_checkpoint:
+                self._await_checkpoint(max_wait_secs, stop or self._stop)
             if not self._recover(session, resume):
                 self._initialise(session)
             self._run_local_init(session)
@@ -100,14 +117,24 @@ class SessionManager(Generic[SessionT]):
             on_failure.pop_all()
             return session
 
-    def recover_session(self, master: str = "", config: object = None) -> tuple[SessionT, bool]:
+    def recover_session(
+        self,
+        master: str = "",
+        config: object = None,
+        *,
+        wait_for_checkpoint: bool = False,
+        max_wait_secs: float = 7200.0,
+    ) -> tuple[SessionT, bool]:
         """A session, and whether its model was restored and is ready. Nothing is initialised but locally.
 
+        :raises ReadinessTimeoutError: if a checkpoint is waited for and none came within ``max_wait_secs``.
         :raises CheckpointError: if there are checkpoints, and none can be restored.
         """
         self.recovery = Recovery()
         with ExitStack() as on_failure:
             session = self._create(master, config, on_failure)
+            if wait_for_checkpoint:
+                self._await_checkpoint(max_wait_secs, self._stop)
             restored = self._recover(session, "auto")
             ready = isinstance(self._try_local_init(session), Ready) and restored
             if ready and isinstance(answer := self._readiness(session), NotReady):
@@ -129,22 +156,9 @@ class SessionManager(Generic[SessionT]):
         :raises SessionStateError: when a stop is requested meanwhile.
         """
         self.recovery = Recovery()
-        signal = stop or self._stop
         with ExitStack() as on_failure:
             session = self._create(master, config, on_failure)
-            began = said = signal.clock.monotonic()
-            poll = _FIRST_POLL
-            while isinstance(answer := self._adopt(session), NotReady):
-                now = signal.clock.monotonic()
-                left = began + max_wait_secs - now
-                if left <= 0:
-                    raise ReadinessTimeoutError(f"the model is not ready after {max_wait_secs:g} s: {answer.reason}")
-                if now - said >= _SAY_EVERY:
-                    said = now
-                    _log.info("waiting for the chief, for %.0f more seconds at most: %s", left, answer.reason)
-                if signal.wait_for_stop(min(poll, left)):
-                    raise SessionStateError(f"stopped while waiting for a ready model: {answer.reason}")
-                poll = min(poll * 1.5, _LONGEST_POLL)
+            _wait_until(lambda: self._adopt(session), "the chief's model", max_wait_secs, stop or self._stop)
             on_failure.pop_all()
             return session
 
@@ -202,6 +216,13 @@ class SessionManager(Generic[SessionT]):
 
     # ---- recovery
 
+    def _await_checkpoint(self, max_wait_secs: float, stop: StopSignal) -> None:
+        store = self._store
+        if store is None or self._operations.load is None:
+            raise NotReadyError("there is nothing to wait for: without a logdir and a saver no checkpoint is restored")
+        missing = NotReady(f"there is no checkpoint in {store.location}")
+        _wait_until(lambda: Ready() if store.checkpoints() else missing, "a checkpoint", max_wait_secs, stop)
+
     def _recover(self, session: SessionT, resume: Resume) -> bool:
         load = self._operations.load
         content = None if load is None else self._content_to_restore(resume)
@@ -211,7 +232,7 @@ class SessionManager(Generic[SessionT]):
             return False
         load(session, content.parts)
         self.recovery.content = content
-        if self._store is not None:  # only now, when the older one is known to fit
+        if self._store is not None and self._store.is_writer:  # only now, when the older one is known to fit
             self._retire(self._store, self._newer, f"resume={self.recovery.restored}")
         return True
 
@@ -231,25 +252,26 @@ class SessionManager(Generic[SessionT]):
             store.retire_damaged()
             return None
         content = self._newest_good(store)
-        if content is None and (damaged := store.damaged()):
+        if content is None and (damaged := {**store.damaged(), **self.recovery.set_aside}):
             raise AllCheckpointsDamagedError(store.location, damaged)
         return content
 
     def _newest_good(self, store: CheckpointStore) -> CheckpointContent | None:
         """The newest that was taken at a step boundary; or else, if there is none, the newest of the others."""
         second_best: tuple[str, CheckpointContent] | None = None
-        for checkpoint in reversed(store.checkpoints()):
+        preferred = store.preferred()
+        for checkpoint in sorted(store.checkpoints(), key=lambda known: (known == preferred, known), reverse=True):
             name = store.name_of(checkpoint)
             try:
                 with store.open(checkpoint) as reader:
                     reader.manifest_of(checkpoint)
-                    content = read_checkpoint(reader)
+                    content = store.format.read(reader)
             except CheckpointDamagedError as error:
-                _log.warning("%s in %s is damaged and set aside: %s", name, store.location, error.reason)
-                store.set_aside(checkpoint, error.reason)
-                self.recovery.set_aside[name] = error.reason
+                self._put_aside(store, checkpoint, error.reason)
                 continue
-            if content.manifest.consistent:
+            if checkpoint == preferred:
+                self._newer = [known for known in store.checkpoints() if known > checkpoint]
+            if content.manifest.consistent or checkpoint == preferred:
                 self.recovery.restored = name
                 return content
             second_best = second_best or (name, content)
@@ -257,6 +279,15 @@ class SessionManager(Generic[SessionT]):
             return None
         self.recovery.restored = second_best[0]
         return second_best[1]
+
+    def _put_aside(self, store: CheckpointStore, checkpoint: CheckpointId, reason: str) -> None:
+        name = store.name_of(checkpoint)
+        self.recovery.set_aside[name] = reason
+        if store.is_writer:
+            _log.warning("%s in %s is damaged and set aside: %s", name, store.location, reason)
+            store.set_aside(checkpoint, reason)
+        else:
+            _log.warning("%s in %s is damaged and passed over: %s", name, store.location, reason)
 
     def _chosen(self, path: Path) -> CheckpointContent | None:
         """The checkpoint that the user named. One of this log directory is gone back to; one of another is a beginning,
@@ -266,15 +297,18 @@ class SessionManager(Generic[SessionT]):
         if store is not None and own is None and store.checkpoints():
             _log.info("%s has checkpoints of its own; going on from there and not from %s", store.location, path)
             return self._content_to_restore("auto")
-        if not any((path / name).exists() for name in (MANIFEST, STATE)) and path.is_dir():
+        if own is None and not any((path / name).exists() for name in (MANIFEST, STATE)) and path.is_dir():
             raise CheckpointNotFoundError(
                 f"{path} is no checkpoint but another directory; name one, such as {path / 'model.ckpt-100'}, "
                 "or go on with a log directory by logdir="
             )
-        with self._open_chosen(path) as reader:
-            content = read_checkpoint(reader)
         if store is not None and own is not None:
+            with store.open(own) as reader:
+                content = store.format.read(reader)
             self._newer = [checkpoint for checkpoint in store.checkpoints() if checkpoint > own]
+        else:
+            with self._open_chosen(path) as reader:
+                content = read_checkpoint(reader)
         self.recovery.restored = str(path) if own is None else path.name
         return content
 
@@ -301,3 +335,24 @@ class SessionManager(Generic[SessionT]):
                 len(checkpoints),
                 store.location,
             )
+
+
+def _wait_until(check: Callable[[], Readiness], what: str, max_wait_secs: float, stop: StopSignal) -> None:
+    """Ask again and again, soon at first, until the answer is ready.
+
+    :raises ReadinessTimeoutError: when ``max_wait_secs`` have passed; says what is missing.
+    :raises SessionStateError: when a stop is requested meanwhile.
+    """
+    began = said = stop.clock.monotonic()
+    poll = _FIRST_POLL
+    while isinstance(answer := check(), NotReady):
+        now = stop.clock.monotonic()
+        left = began + max_wait_secs - now
+        if left <= 0:
+            raise ReadinessTimeoutError(f"waited {max_wait_secs:g} s for {what}: {answer.reason}")
+        if now - said >= _SAY_EVERY:
+            said = now
+            _log.info("waiting for %s, for %.0f more seconds at most: %s", what, left, answer.reason)
+        if stop.wait_for_stop(min(poll, left)):
+            raise SessionStateError(f"stopped while waiting for {what}: {answer.reason}")
+        poll = min(poll * 1.5, _LONGEST_POLL)

@@ -60,6 +60,8 @@ class Snapshot:
 
     parts: Mapping[str, PartImage]
     _pending: tuple[Callable[[], None], ...] = ()
+    step: int | None = None
+    """The global step that was read in the very same moment; None where it cannot have moved since it was asked for."""
 
     def finish(self) -> None:
         """Wait until every copy has ended."""
@@ -112,11 +114,11 @@ class Staging:
                 self._pending.append(waiting)
         self._parts[part] = PartImage(part, skeleton, tuple(files), sum(spec.nbytes for spec in flat.specs))
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, step: int | None = None) -> Snapshot:
         """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""
         parts, self._parts = self._parts, {}
         pending, self._pending = self._pending, []
-        return Snapshot(parts, tuple(pending))
+        return Snapshot(parts, tuple(pending), step)
 
     def discard(self) -> None:
         """Forget what was put since the last snapshot, after a failure half way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 from supervise_core.boundary import Appointment
 from supervise_core.checkpointer import Checkpointer
@@ -14,7 +14,7 @@ from supervise_core.triggers import Trigger
 
 _log = logging.getLogger(__name__)
 
-RATE_TAG: Final = "global_step/sec"
+Summary = Callable[[Any], Mapping[str, Any] | bytes]
 
 
 class CheckpointService(Service):
@@ -22,14 +22,18 @@ class CheckpointService(Service):
 
     name = "checkpoints"
 
-    def __init__(self, checkpointer: Checkpointer, trigger: Trigger | None) -> None:
+    def __init__(
+        self, checkpointer: Checkpointer, trigger: Trigger | None, beside: Callable[[], None] | None = None
+    ) -> None:
         self._checkpointer = checkpointer
         self._trigger = trigger
+        self._beside = beside
         self.appointment: Appointment | None = None
 
     def start(self, context: ServiceContext) -> None:
         self._checkpointer.start()
         self.appointment = context.at_boundary(self.name, self._trigger, self._save(context), last=True)
+        self.appointment.beside = self._beside
         self._checkpointer.serve(self.appointment)
 
     def _save(self, context: ServiceContext) -> Callable[[int], None]:
@@ -46,7 +50,7 @@ class SummaryService(Service):
 
     name = "summaries"
 
-    def __init__(self, events: EventLog, trigger: Trigger, summary: Callable[[Any], Mapping[str, Any]] | None) -> None:
+    def __init__(self, events: EventLog, trigger: Trigger, summary: Summary | None) -> None:
         self._events = events
         self._trigger = trigger
         self._summary = summary
@@ -68,7 +72,11 @@ class SummaryService(Service):
     def _write(self, context: ServiceContext, step: int) -> None:
         values, self._values = self._values, {}
         if not self._owed and self._summary is not None:
-            values = {tag: read_value(value) for tag, value in self._summary(context.session).items()} | values
+            summary = self._summary(context.session)
+            if isinstance(summary, bytes):
+                self._events.add_serialized(summary, step)
+            else:
+                values = {tag: read_value(value) for tag, value in summary.items()} | values
         assert self.appointment is not None
         self._owed = self._used and not self._owed and not values and self.appointment.fired_by_time
         self.appointment.approaching = self._owed
@@ -77,13 +85,14 @@ class SummaryService(Service):
 
 
 class StepRateService(Service):
-    """Writes ``global_step/sec``: the steps since the last time, over the seconds since then."""
+    """Writes ``<step>/sec``: the steps since the last time, over the seconds since then."""
 
     name = "step rate"
 
-    def __init__(self, events: EventLog, trigger: Trigger) -> None:
+    def __init__(self, events: EventLog, trigger: Trigger, step_name: str) -> None:
         self._events = events
         self._trigger = trigger
+        self._tag = f"{step_name}/sec"
 
     def start(self, context: ServiceContext) -> None:
         last = (context.global_step(), context.clock.monotonic())
@@ -95,7 +104,7 @@ class StepRateService(Service):
             last = (step, now)
             if seconds > 0:
                 rate = steps / seconds
-                self._events.add({RATE_TAG: rate}, step, repeat=False)
-                _log.info("%s: %.5g", RATE_TAG, rate)
+                self._events.add({self._tag: rate}, step, repeat=False)
+                _log.info("%s: %.5g", self._tag, rate)
 
         context.at_boundary(self.name, self._trigger, write)

@@ -20,7 +20,7 @@ import re
 import struct
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -107,7 +107,24 @@ class EventLog:
         self._recent_step = -1
         self.path, self._descriptor = _create_event_file(logdir, clock)
         self._size = 0
+        self._begun = False
         self._write(_event(clock, file_version="brain.Event:2"))
+
+    def begin(self, events: Iterable[bytes]) -> None:
+        """Append serialized ``Event`` messages that this file begins with; nothing if that was done before."""
+        if not self._begun:
+            self._begun = True
+            for event in events:
+                self._write(event)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be appended any more."""
+        return self._descriptor < 0
+
+    def add_event(self, event: bytes) -> None:
+        """Append a serialized ``Event`` message."""
+        self._write(event)
 
     def add(self, values: Mapping[str, Any], step: int, *, repeat: bool = True) -> None:
         """Append values (as ``read_value`` gives them) of a step.

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
+import functools
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from supervise_core.arguments import check_arguments, check_objects
 from supervise_core.backend import Backend
-from supervise_core.boundary import Appointment, StepBoundary
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock, SystemClock
 from supervise_core.coordinator import Coordinator
 from supervise_core.directory_store import DirectoryStore
-from supervise_core.errors import SessionStateError, StragglersError
+from supervise_core.errors import SessionStateError
+from supervise_core.lifecycle import Lifecycle
 from supervise_core.looper import Looper
 from supervise_core.operations import USE_BACKEND, Default, Operations
-from supervise_core.plan import Plan
+from supervise_core.plan import Opening, Plan
 from supervise_core.plugins import hooks_of_run
 from supervise_core.report import RunReport
 from supervise_core.retention import KeepLatest, Retention
-from supervise_core.run import TRAINING_BLOCK, Run
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
 from supervise_core.snapshot import Snapshot, Staging
 from supervise_core.summaries import EventLog, read_number, read_value
 from supervise_core.triggers import EverySeconds, Trigger
-
-_log = logging.getLogger(__name__)
 
 SessionT = TypeVar("SessionT")
 
@@ -131,12 +125,12 @@ class Supervisor(Generic[SessionT]):
             staging=staging or Staging(),
             clock=own_clock,
             hooks=hooks_of_run(plugins),
+            new_coordinator=functools.partial(
+                Coordinator, own_clock, is_clean_stop=backend.is_clean_stop, is_aftermath=backend.is_aftermath
+            ),
+            open_events=None if path is None else functools.partial(EventLog, path, own_clock),
         )
-        self._coordinator = self._new_coordinator()
-        self._report = RunReport()
-        self._run: Run[SessionT] | None = None
-        self._boundary: StepBoundary | _NoBoundary = _NoBoundary()
-        self._summaries: Appointment | _NoSummaries = _NoSummaries()
+        self._lifecycle = Lifecycle(self._plan)
 
     # ---- the session
 
@@ -147,6 +141,7 @@ class Supervisor(Generic[SessionT]):
         *,
         start_standard_services: bool = True,
         close_summary_writer: bool = True,
+        wait_for_checkpoint: bool = False,
         max_wait_secs: float = 7200.0,
     ) -> AbstractContextManager[SessionT]:
         """A context manager that brings the model up and hands out the session; at its end everything is stopped.
@@ -156,10 +151,13 @@ class Supervisor(Generic[SessionT]):
         after the final save. Only an error in the block withholds the final save. A thread that does not end within the
         grace period is logged with its stack and named in ``report.stragglers``; that alone fails no run.
         """
-        return _ManagedSession(
-            self,
+        return self._lifecycle.managed(
             lambda: self.prepare_or_wait_for_session(
-                master, config, max_wait_secs=max_wait_secs, start_standard_services=start_standard_services
+                master,
+                config,
+                wait_for_checkpoint=wait_for_checkpoint,
+                max_wait_secs=max_wait_secs,
+                start_standard_services=start_standard_services,
             ),
             close_summary_writer,
         )
@@ -169,33 +167,20 @@ class Supervisor(Generic[SessionT]):
         master: str = "",
         config: object = None,
         *,
+        wait_for_checkpoint: bool = False,
         max_wait_secs: float = 7200.0,
         start_standard_services: bool = True,
     ) -> SessionT:
         """Bring the model up without a ``with`` block; ``stop()`` ends what begins here.
 
+        :param wait_for_checkpoint: whether the chief waits until somebody else has put a checkpoint into the logdir.
+        :param max_wait_secs: how long it waits for that, and how long another process waits for the chief.
+
         :raises SessionStateError: if a session of this Supervisor is open.
         :raises NotReadyError, CheckpointError, LeaseHeldError, UnsupportedStateError, OSError: as the start fails.
         """
-        if self._run is not None:
-            raise SessionStateError("this Supervisor has an open session; call sv.stop() first, or make another one")
-        if self._coordinator.should_stop():
-            self._coordinator = self._new_coordinator()
-        self._report = RunReport()
-        run = Run(self._plan, self._coordinator, self._report)
-        try:
-            run.open(master, config, max_wait_secs, start_standard_services)
-        except BaseException as error:
-            self._coordinator.request_stop(error, source="the start of the session")
-            self._report.cause, self._report.exit_status = self._coordinator.cause, 1
-            if isinstance(error, SessionStateError):
-                run.raise_signal_instead(error)
-            raise
-        self._handled_at_open = sys.exception()
-        self._run = run
-        self._attach(run)
-        atexit.register(self._stop_at_exit)
-        return run.session
+        opening = Opening(master, config, wait_for_checkpoint, max_wait_secs, start_standard_services)
+        return self._lifecycle.open(opening)
 
     def start_standard_services(self, session: SessionT) -> list[threading.Thread]:
         """Start checkpoints, summaries and steps per second for a session opened without them; their threads.
@@ -203,16 +188,7 @@ class Supervisor(Generic[SessionT]):
         :raises SessionStateError: if this is not the chief, or they run already.
         :raises ValueError: if there is no logdir.
         """
-        run = self._open_run("start_standard_services")
-        if not self.is_chief:
-            raise SessionStateError("only the chief has the standard services; this Supervisor has is_chief=False")
-        if self._plan.logdir is None:
-            raise ValueError("the standard services need a place for their files; pass logdir= to the Supervisor")
-        if run.is_saving or run.summaries is not None:
-            raise SessionStateError("the standard services run already; open with start_standard_services=False")
-        threads = run.start_standard_services()
-        self._attach(run)
-        return threads
+        return self._lifecycle.start_standard_services()
 
     def stop(
         self,
@@ -229,33 +205,20 @@ class Supervisor(Generic[SessionT]):
         :raises BaseException: the first error of the run, as itself.
         :raises StragglersError: if threads are left after the grace period and are not to be ignored.
         """
-        run = self._run
-        if run is None:
-            self._coordinator.request_stop(source="sv.stop()")
-            self._coordinator.join(threads, self._plan.grace, ignore_live_threads)
-            return
-        if threading.get_ident() != run.boundary.training_thread:
-            raise SessionStateError(
-                "sv.stop() closes the session, on the thread that opened it; from another thread call sv.request_stop()"
-            )
-        handled = sys.exception()
-        error = None if handled is self._handled_at_open else handled
-        self._close(run, error, threads, close_summary_writer)
-        self._coordinator.raise_requested_exception()
-        if self._report.stragglers and not ignore_live_threads:
-            raise StragglersError(self._plan.grace, self._report.stragglers)
+        self._lifecycle.stop(
+            threads, close_summary_writer=close_summary_writer, ignore_live_threads=ignore_live_threads
+        )
 
     # ---- the loop
 
     def should_stop(self) -> bool:
         """Whether to stop; on the training thread, outside ``sv.batches``, also the boundary between two steps."""
-        if not self._boundary.due:
-            return False
-        return self._coordinator.should_stop() if self._run is None else self._run.ask()
+        lifecycle = self._lifecycle
+        return lifecycle.boundary.due and lifecycle.ask()
 
     def epochs(self, count: int, name: str = "epochs") -> Iterator[int]:
         """The epochs that are left, as numbers from 0; a resumed run begins with the saved one. Ends on a stop."""
-        return self._open_run("epochs").loop.epochs(count, name)
+        return self._lifecycle.open_run("epochs").loop.epochs(count, name)
 
     def batches(self, data: Any, name: str = "batches") -> Iterator[Any]:
         """The items of ``data`` that are left of this pass; a resumed run goes on with the next one. Ends on a stop.
@@ -263,26 +226,28 @@ class Supervisor(Generic[SessionT]):
         ``data`` may be a PyTorch ``DataLoader`` (with ``TorchBackend``), anything with ``state_dict`` and
         ``load_state_dict``, or any iterable, which is replayed up to its position. Two open at once need names.
         """
-        return self._open_run("batches").loop.batches(data, name)
+        return self._lifecycle.open_run("batches").loop.batches(data, name)
 
     def scalars(self, **values: Any) -> None:
         """Offer values of this step to the summaries. Nothing is read, copied or kept unless a summary is due."""
-        if self._summaries.approaching:
-            self._offer(values)
+        if self._lifecycle.summaries.approaching:
+            self._lifecycle.offer(values)
 
     def metrics(self, **values: Any) -> None:
         """Report metrics of the model as it is now: written as summaries, and kept with the checkpoint of this step.
 
         With ``KeepBest`` on one of them, a checkpoint is taken at the next boundary.
         """
-        self._open_run("metrics").report_metrics({name: read_number(name, value) for name, value in values.items()})
+        self._lifecycle.open_run("metrics").report_metrics(
+            {name: read_number(name, value) for name, value in values.items()}
+        )
 
     def save(self) -> None:
         """Have a checkpoint taken at the next step boundary.
 
         :raises SessionStateError: if nothing is being saved in this session.
         """
-        saver = self._open_run("save").saver
+        saver = self._lifecycle.open_run("save").saver
         if saver is None or not saver.checkpointer.is_serving:
             raise SessionStateError("this session saves nothing; it needs a logdir, a saver and the standard services")
         saver.checkpointer.request()
@@ -298,7 +263,7 @@ class Supervisor(Generic[SessionT]):
         events = self.summary_writer
         if events is None:
             raise SessionStateError("no summaries are written; this needs the chief, a logdir and an open session")
-        step = self._present_step() if global_step is None else global_step
+        step = self._lifecycle.present_step() if global_step is None else global_step
         if isinstance(summary, Mapping):
             events.add({tag: read_value(value) for tag, value in summary.items()}, step)
         else:
@@ -312,31 +277,29 @@ class Supervisor(Generic[SessionT]):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Looper:
         """Call ``target`` every so many seconds (None: again and again) in a thread that ends with the run."""
-        return Looper.loop(self._coordinator, timer_interval_secs, target, args, kwargs)
+        return Looper.loop(self._lifecycle.coordinator, timer_interval_secs, target, args, kwargs)
 
     def request_stop(self, error: BaseException | None = None) -> None:
         """Ask the run to stop; an error is raised at its end. From any thread."""
-        self._coordinator.request_stop(error, source="request_stop")
+        self._lifecycle.coordinator.request_stop(error, source="request_stop")
 
     def wait_for_stop(self, timeout: float | None = None) -> bool:
         """Wait until a stop is requested, at most ``timeout`` seconds; whether it was."""
-        return self._coordinator.wait_for_stop(timeout)
+        return self._lifecycle.coordinator.wait_for_stop(timeout)
 
     def stop_on_exception(self) -> AbstractContextManager[None]:
         """A block whose exceptions stop the run, and are raised at its end.
 
         On the training thread such an error withholds the final save, as one that leaves the training block does.
         """
-        run = self._run
-        training = run is not None and threading.get_ident() == run.boundary.training_thread
-        return self._coordinator.stop_on_exception(TRAINING_BLOCK if training else None)
+        return self._lifecycle.stop_on_exception()
 
     # ---- what it is made of
 
     @property
     def coord(self) -> Coordinator:
         """The coordinator of the present run, or of the last one, or of the one to come."""
-        return self._coordinator
+        return self._lifecycle.coordinator
 
     @property
     def is_chief(self) -> bool:
@@ -345,7 +308,7 @@ class Supervisor(Generic[SessionT]):
     @property
     def global_step(self) -> int:
         """The present step; after the session, its last one."""
-        return self._present_step()
+        return self._lifecycle.present_step()
 
     @property
     def logdir(self) -> Path | None:
@@ -372,7 +335,7 @@ class Supervisor(Generic[SessionT]):
     @property
     def summary_writer(self) -> EventLog | None:
         """The event file of the present session, or of the last one if it was left open; None if there is none."""
-        return self._open_events if self._run is None else self._run.events
+        return self._lifecycle.events
 
     @property
     def backend(self) -> Backend[SessionT]:
@@ -381,94 +344,4 @@ class Supervisor(Generic[SessionT]):
     @property
     def report(self) -> RunReport:
         """Why the run ended, its exit status, what was saved, and what was restored; complete once it has ended."""
-        return self._report
-
-    # ---- inside
-
-    _open_events: EventLog | None = None
-    _handled_at_open: BaseException | None = None
-
-    def _new_coordinator(self) -> Coordinator:
-        return Coordinator(self._plan.backend.clean_stop, self._plan.clock)
-
-    def _attach(self, run: Run[SessionT]) -> None:
-        """Have the two attributes that the loop reads again and again at hand."""
-        if self._open_events is not None:
-            self._open_events.close()
-        self._open_events = None
-        self._boundary = run.boundary
-        if run.summaries is not None and run.summaries.appointment is not None:
-            self._summaries = run.summaries.appointment
-
-    def _offer(self, values: Mapping[str, Any]) -> None:
-        if self._run is not None and self._run.summaries is not None:
-            self._run.summaries.offer(values)
-
-    def _present_step(self) -> int:
-        return self._report.last_step if self._run is None else self._run.steps.now()
-
-    def _open_run(self, method: str) -> Run[SessionT]:
-        if self._run is None:
-            raise SessionStateError(f"sv.{method} needs an open session; use it inside 'with sv.managed_session():'")
-        return self._run
-
-    def _close(
-        self,
-        run: Run[SessionT],
-        error: BaseException | None,
-        threads: Iterable[threading.Thread],
-        close_summary_writer: bool,
-    ) -> None:
-        try:
-            run.close(error, threads, close_summary_writer)
-        finally:
-            if not close_summary_writer:
-                self._open_events = run.events
-            self._run = None
-            self._boundary = _NoBoundary()
-            self._summaries = _NoSummaries()
-            atexit.unregister(self._stop_at_exit)
-
-    def _stop_at_exit(self) -> None:
-        """The program ends and nobody called ``stop``."""
-        failed = getattr(sys, "last_value", None)
-        run = self._run
-        if run is not None:
-            _log.warning("the program ends with its session open; call sv.stop(), or use 'with sv.managed_session():'")
-            self._close(run, failed, (), True)
-
-
-class _ManagedSession(AbstractContextManager[SessionT]):
-    """The ``with`` block. A class and no generator, so that a ``StopIteration`` of the block comes out as itself."""
-
-    def __init__(self, supervisor: Supervisor[SessionT], open_: Callable[[], SessionT], close_writer: bool) -> None:
-        self._supervisor = supervisor
-        self._open = open_
-        self._close_writer = close_writer
-        self._run: Run[SessionT] | None = None
-
-    def __enter__(self) -> SessionT:
-        session = self._open()
-        self._run = self._supervisor._run
-        return session
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        run, supervisor = self._run, self._supervisor
-        assert run is not None
-        if supervisor._run is run:
-            supervisor._close(run, error, (), self._close_writer)
-        else:
-            run.judge_late(error)
-        return run.outcome(error)
-
-
-class _NoBoundary:
-    """Before and after a session: every question goes to the coordinator."""
-
-    due = True
-
-
-class _NoSummaries:
-    approaching = False
+        return self._lifecycle.report

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from supervise_core.checkpoint_store import CheckpointId, CheckpointStore
+from supervise_core.checkpoint_format import CheckpointId
+from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.testing.hosts import FakeHost, FakeMachine
 from supervise_core.testing.store_contract import FILE, StoreContract

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from supervise_core.checkpoint_files import check_state_size, read_checkpoint, verify_checkpoint, write_snapshot
-from supervise_core.checkpoint_store import CheckpointId, CheckpointStore
+from supervise_core.checkpoint_format import CheckpointId
+from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.manifest import Manifest

@@ -71,7 +71,7 @@ def test_an_error_after_a_clean_stop_is_still_raised() -> None:
 
 
 def test_the_end_of_input_is_a_clean_stop() -> None:
-    coordinator = Coordinator(clean_stop=[EndOfInput])
+    coordinator = Coordinator(is_clean_stop=lambda error: isinstance(error, EndOfInput))
     with coordinator.stop_on_exception("the reader"):
         raise EndOfInput
     coordinator.join()

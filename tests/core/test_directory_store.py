@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from supervise_core.checkpoint_store import CheckpointId
+from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.directory_store import DirectoryStore, open_checkpoint_directory
 from supervise_core.errors import CheckpointDamagedError, LeaseHeldError, LeaseLostError
 from supervise_core.testing.disks import HastyDisk, WatchedDisk

@@ -461,7 +461,7 @@ def test_a_worker_notices_within_milliseconds_at_first() -> None:
 def test_a_worker_waits_no_longer_than_its_limit_and_says_for_what() -> None:
     waiting = Waiting(3)
     waiting.advance()
-    with pytest.raises(ReadinessTimeoutError, match="not ready after 3 s: w: no values") as caught:
+    with pytest.raises(ReadinessTimeoutError, match="waited 3 s for the chief's model: w: no values") as caught:
         waiting.future.result(10)
     assert isinstance(caught.value, TimeoutError)
     assert waiting.waited == pytest.approx(3, abs=0.06)
@@ -482,7 +482,7 @@ def test_a_stop_ends_the_wait() -> None:
     waiting = Waiting(7200)
     waiting.advance(until=2)
     waiting.stop.request_stop()
-    with pytest.raises(SessionStateError, match="stopped while waiting for a ready model: w: no values"):
+    with pytest.raises(SessionStateError, match="stopped while waiting for the chief's model: w: no values"):
         waiting.future.result(10)
     assert waiting.waited < 2.5
     assert waiting.backend.log[-1] == "close"
@@ -490,5 +490,5 @@ def test_a_stop_ends_the_wait() -> None:
 
 def test_a_wait_of_no_seconds_asks_once() -> None:
     waiting = Waiting(0)
-    with pytest.raises(ReadinessTimeoutError, match="after 0 s"):
+    with pytest.raises(ReadinessTimeoutError, match="waited 0 s"):
         waiting.future.result(10)

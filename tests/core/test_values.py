@@ -30,7 +30,7 @@ from supervise_core import (
     UnsupportedStateError,
 )
 from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
-from supervise_core.checkpoint_store import CheckpointId
+from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.manifest import Manifest
 from supervise_core.numpy_codec import NumpyCodec
 from supervise_core.tagged_json import decode, encode

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from supervise_core.checkpoint_files import verify_checkpoint, write_snapshot
-from supervise_core.checkpoint_store import CheckpointId
+from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.checkpointer import prune
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.disk import Disk

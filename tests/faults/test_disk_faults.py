@@ -14,7 +14,7 @@ from scenarios import open_store, save, state_of
 from training import Program
 
 from supervise_core import AtSteps, CheckpointDirectory, EverySeconds, EverySteps, KeepLatest
-from supervise_core.checkpoint_store import CheckpointId
+from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.testing.clock import FakeClock, eventually
 from supervise_core.testing.disks import FaultyDisk, HastyDisk, WatchedDisk

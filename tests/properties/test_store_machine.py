@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from supervise_core.checkpoint_store import CheckpointId
+from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.checkpointer import prune
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import LeaseHeldError, LeaseLostError

@@ -31,7 +31,7 @@ import pytest
 
 from supervise_core.backend import Backend
 from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
-from supervise_core.checkpoint_store import CheckpointId
+from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import IncompatibleCheckpointError
 from supervise_core.manifest import Manifest

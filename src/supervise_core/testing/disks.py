@@ -78,6 +78,10 @@ class WatchedDisk(Disk):
         self._before("sync", self._paths[descriptor])
         super().sync(descriptor)
 
+    def sync_file(self, path: Path) -> None:
+        self._before("sync_file", path)
+        super().sync_file(path)
+
     def close(self, descriptor: int) -> None:
         self._paths.pop(descriptor, None)
         super().close(descriptor)
@@ -89,6 +93,10 @@ class WatchedDisk(Disk):
     def rename(self, source: Path, target: Path) -> None:
         self._before("rename", target)
         super().rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        self._before("link", target)
+        super().link(source, target)
 
     def exchange(self, one: Path, other: Path) -> None:
         self._before("exchange", other)
@@ -102,9 +110,9 @@ class WatchedDisk(Disk):
         self._before("remove_directory", path)
         super().remove_directory(path)
 
-    def open_directory(self, path: Path) -> OpenDirectory:
+    def open_directory(self, path: Path, wanted: Callable[[str], bool] | None = None) -> OpenDirectory:
         self.about_to_read("open_directory", path)
-        return super().open_directory(path)
+        return super().open_directory(path, wanted)
 
     def read(self, directory: OpenDirectory, name: str) -> bytearray:
         self.about_to_read("read", directory.path / name)
@@ -115,6 +123,9 @@ class HastyDisk(Disk):
     """A real disk that syncs nothing: for tests in which no power is cut, many times faster."""
 
     def sync(self, descriptor: int) -> None:
+        return None
+
+    def sync_file(self, path: Path) -> None:
         return None
 
     def sync_directory(self, path: Path) -> None:
@@ -297,7 +308,8 @@ class LossyDisk(CrashingDisk):
     directory waits for its name, nor that changes of different names keep their order.
 
     ``without(number, method, path)`` drops a sync that it says yes to, silently; syncs are numbered from 1. None of
-    them reaches the real disk. All changes below ``root`` must go through this one.
+    them reaches the real disk. All changes below ``root`` must go through this one, but for the content of files that
+    are then given to ``sync_file``.
     """
 
     def __init__(
@@ -354,6 +366,14 @@ class LossyDisk(CrashingDisk):
         file = self._open[descriptor]
         file.durable = bytes(file.content)
 
+    def sync_file(self, path: Path) -> None:
+        """The file is new to this disk: what else wrote it did not ask."""
+        file = _File(bytearray(path.read_bytes()))
+        self._change((path, file))
+        if not self._is_dropped("sync_file", path):
+            self._before("sync_file", path)
+            file.durable = bytes(file.content)
+
     def close(self, descriptor: int) -> None:
         super().close(descriptor)
         self._open.pop(descriptor, None)
@@ -368,6 +388,10 @@ class LossyDisk(CrashingDisk):
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
         self._change((source, None), (target, self._node(source)))
+
+    def link(self, source: Path, target: Path) -> None:
+        super().link(source, target)
+        self._change((target, self._node(source)))
 
     def exchange(self, one: Path, other: Path) -> None:
         super().exchange(one, other)
@@ -406,7 +430,7 @@ class LossyDisk(CrashingDisk):
         change = _Change(tuple((self._directory(path.parent), path.name, node) for path, node in edits))
         for directory, name, node in change.edits:
             if node is None:
-                del directory.entries[name]
+                directory.entries.pop(name, None)
             else:
                 directory.entries[name] = node
         self._pending.append(change)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from supervise_core.checkpoint_store import CheckpointId, CheckpointStore
+from supervise_core.checkpoint_format import CheckpointId
+from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.errors import CheckpointDamagedError, LeaseError, LeaseHeldError, LeaseLostError
 from supervise_core.manifest import FileRecord, Manifest, hash_of
 

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from supervise_core.checkpoint_store import CheckpointId, CheckpointReader, CheckpointStore, Chunk, Draft
+from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft
+from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.errors import LeaseHeldError, LeaseLostError
 from supervise_core.manifest import MANIFEST, Manifest, check_file_name
 
@@ -45,6 +46,10 @@ class MemoryStore(CheckpointStore):
 
     def release(self) -> None:
         self.die()
+
+    @property
+    def is_writer(self) -> bool:
+        return self.place.writer is self
 
     def check_lease(self) -> None:
         if self.place.writer is not self:

@@ -1,0 +1,103 @@
+"""Checkpoints as TensorFlow keeps them: a bundle with a meta graph, and beside it the manifest with the hashes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from supervise_core.checkpoint_format import (
+    CheckpointContent,
+    CheckpointFormat,
+    CheckpointReader,
+    Draft,
+    Written,
+)
+from supervise_core.errors import CheckpointDamagedError, UnsupportedStateError
+from supervise_core.manifest import FileRecord, hash_of
+from supervise_core.numpy_codec import NumpyCodec
+from supervise_core.safetensors_format import parse
+from supervise_core.snapshot import Part, PartImage, Snapshot
+from supervise_core.tagged_json import Json, decode
+from supervise_core.tensors import TensorCodec, TensorData
+from supervise_tf.bundle import BundleWriter, check_bundle, read_bundle
+from supervise_tf.bundle_files import BundleDraft, BundleReader
+from supervise_tf.stored_tensors import VARIABLES, from_tree, to_tree
+
+META: Final = "meta"
+
+
+@dataclass(frozen=True, slots=True)
+class BundlePart(Part):
+    """The variables of a verified bundle, left where they are: TensorFlow reads them itself."""
+
+    prefix: Path = Path()
+
+    def tree(self, codec: TensorCodec[Any] | None = None) -> Any:
+        return to_tree({(name, ""): array for name, array in read_bundle(self.prefix).items()})
+
+
+class BundleFormat(CheckpointFormat):
+    """What the files of a ``BundleStore`` look like. ``meta_graph`` is written beside each bundle, if there is one."""
+
+    def __init__(self, meta_graph: bytes | None = None) -> None:
+        self._meta_graph = meta_graph
+        self._writer = BundleWriter()
+
+    def check(self, snapshot: Snapshot, run_state: Json) -> None:
+        if VARIABLES not in snapshot.parts:
+            raise UnsupportedStateError(
+                "the model", "TensorFlow's checkpoints hold variables of a graph, and it has none"
+            )
+        if others := [part.name for part in snapshot.parts.values() if part.files and part.name != VARIABLES]:
+            raise UnsupportedStateError(
+                others[0], "TensorFlow's checkpoints have no place for tensors outside the graph"
+            )
+
+    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json) -> Written:
+        assert isinstance(draft, BundleDraft), "a BundleFormat writes into the drafts of a BundleStore"
+        self.check(snapshot, run_state)
+        snapshot.finish()
+        self._writer.write(draft.prefix, from_tree(_views_of(snapshot.parts[VARIABLES])))
+        files = draft.seal()
+        if self._meta_graph is not None:
+            draft.write(META, [self._meta_graph])
+            files[META] = FileRecord(len(self._meta_graph), hash_of([self._meta_graph]))
+        states = {part.name: part.state for part in snapshot.parts.values() if part.name != VARIABLES}
+        return Written(files, {"parts": states, "run": run_state})
+
+    def read(self, reader: CheckpointReader, only: str | None = None) -> CheckpointContent:
+        assert isinstance(reader, BundleReader), "a BundleFormat reads the checkpoints of a BundleStore"
+        manifest = reader.manifest()
+        for file, record in manifest.files.items():
+            reader.verify(file, record)
+        if not manifest.files:
+            check_bundle(reader.prefix)
+        parts: dict[str, Part] = {VARIABLES: BundlePart(VARIABLES, {}, {}, reader.prefix)}
+        match manifest.run:
+            case {"parts": dict() as states, "run": run_state}:
+                parts |= {name: Part(name, state, {}) for name, state in states.items()}
+            case {}:
+                run_state = {}
+            case _:
+                raise CheckpointDamagedError(reader.name, "the manifest does not hold what a bundle's manifest holds")
+        try:
+            return CheckpointContent(manifest, parts, decode(run_state))
+        except (ValueError, TypeError) as error:
+            raise CheckpointDamagedError(reader.name, f"the manifest's state of the run: {error}") from error
+
+
+class _Views(NumpyCodec):
+    """Arrays that look at the content instead of copying it."""
+
+    def read(self, stored: TensorData) -> NDArray[Any]:
+        dtype, shape = self.dtype_and_shape(stored)
+        return np.frombuffer(stored.data, dtype).reshape(shape) if stored.spec.nbytes else np.empty(shape, dtype)
+
+
+def _views_of(part: PartImage) -> Any:
+    tensors = {name: entry for file in part.files for name, entry in parse(file.content).items()}
+    return Part(part.name, part.state, tensors).tree(_Views())
