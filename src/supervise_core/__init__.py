@@ -2,21 +2,24 @@
 
 The floors of this package, from what users call down to what knows nothing; imports go down only, never sideways::
 
-    11   __main__, supervisor
-    10   cli, run
-     9   saving
-     8   plan, reading, standard_services
-     7   checkpointer, session_manager
-     6   arguments, checkpoint_files, directory_store, operations, plugins
-     5   backend, checkpoint_store
+    14   __main__, supervisor
+    13   cli, lifecycle
+    12   run
+    11   saving
+    10   plan, reading, standard_services
+     9   checkpointer, session_manager
+     8   arguments, directory_store, operations, plugins, retrying
+     7   backend, checkpoint_store
+     6   checkpoint_files
+     5   checkpoint_format
      4   data_loop, manifest, snapshot
      3   data_stream, hookspecs, numpy_codec, safetensors_format, services
      2   boundary, looper, report, signals, tensors
      1   coordinator, data_source, lease, retention, summaries, tagged_json, triggers
      0   clock, disk, errors, host, process_random, readiness
 
-Floors 9 to 11 are the road of a run and its loop; 7 and 8 save and recover; 4 to 6 are checkpoints on disk and the port
-to a framework; 0 to 3 are values, time, threads, and formats. A machine checks this, and that no module is left out
+Floors 10 to 14 are the road of a run and its loop; 9 saves and recovers; 4 to 8 are checkpoints on disk and the port to
+a framework; 0 to 3 are values, time, threads, and formats. A machine checks this, and that no module is left out
 (``[tool.importlinter]`` in ``pyproject.toml``). Nothing here imports a framework; NumPy is imported when the first
 array is met. ``testing`` is for tests, and nothing imports it.
 """
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from supervise_core.reading import CheckpointDirectory, SavedCheckpoint
     from supervise_core.report import RunReport
     from supervise_core.retention import KeepAll, KeepBest, KeepEverySeconds, KeepEverySteps, KeepLatest, Retention
+    from supervise_core.retrying import retry
     from supervise_core.services import Service, ServiceContext
     from supervise_core.session_manager import SessionManager
     from supervise_core.snapshot import Part, Parts, Snapshot, Staging
@@ -133,6 +137,7 @@ __all__ = [
     "UnsupportedStateError",
     "__version__",
     "hookimpl",
+    "retry",
 ]
 
 _MODULES = {
@@ -169,6 +174,7 @@ _MODULES = {
     "reading": ("CheckpointDirectory", "SavedCheckpoint"),
     "report": ("RunReport",),
     "retention": ("KeepAll", "KeepBest", "KeepEverySeconds", "KeepEverySteps", "KeepLatest", "Retention"),
+    "retrying": ("retry",),
     "services": ("Service", "ServiceContext"),
     "session_manager": ("SessionManager",),
     "snapshot": ("Part", "Parts", "Snapshot", "Staging"),
