@@ -205,6 +205,10 @@ class Coordinator(StopSignal):
         if self._errors and (error := self._errors[0].error) is not None:
             raise error
 
+    def live_threads(self) -> list[threading.Thread]:
+        """The registered threads that have not ended, without the calling one."""
+        return self._alive([])
+
     def _alive(self, given: list[threading.Thread]) -> list[threading.Thread]:
         with self._lock:
             known = [*self._threads, *(thread for thread in given if thread not in self._threads)]

@@ -16,7 +16,7 @@ from supervise_core.errors import SessionStateError, StragglersError
 from supervise_core.plan import Opening, Plan
 from supervise_core.report import RunReport
 from supervise_core.run import TRAINING_BLOCK, Run
-from supervise_core.summaries import EventLog
+from supervise_core.summaries import EventSink
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Lifecycle(Generic[SessionT]):
         self.run: Run[SessionT] | None = None
         self.boundary: StepBoundary | _NoBoundary = _NoBoundary()
         self.summaries: Appointment | _NoSummaries = _NoSummaries()
-        self._left_open: EventLog | None = None
+        self._left_open: EventSink | None = None
         self._handled_at_open: BaseException | None = None
 
     # ---- opening
@@ -122,7 +122,7 @@ class Lifecycle(Generic[SessionT]):
         return self.report.last_step if self.run is None else self.run.steps.now()
 
     @property
-    def events(self) -> EventLog | None:
+    def events(self) -> EventSink | None:
         """The event file of the present session, or of the last one if it was left open; None if there is none."""
         return self._left_open if self.run is None else self.run.events
 

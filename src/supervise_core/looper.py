@@ -58,11 +58,21 @@ class Looper(threading.Thread):
     def run(self) -> None:
         """The body of the thread."""
         with self._coordinator.stop_on_exception(f"service {self.name!r}"):
+            self.start_loop()
             due = self._coordinator.clock.monotonic()
             while not self._coordinator.should_stop():
                 self._call()
                 if self._interval is not None:
                     due = self._wait_until_next(due, self._interval)
+            self.stop_loop()
+
+    def start_loop(self) -> None:
+        """Called once, in this thread, before the first call."""
+        return None
+
+    def stop_loop(self) -> None:
+        """Called once, in this thread, after the last call; not if a call failed."""
+        return None
 
     def _wait_until_next(self, due: float, interval: float) -> float:
         now = self._coordinator.clock.monotonic()

@@ -17,7 +17,7 @@ from supervise_core.retention import Retention
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
 from supervise_core.snapshot import Staging
-from supervise_core.summaries import EventLog
+from supervise_core.summaries import EventSink
 from supervise_core.triggers import Trigger
 
 SessionT = TypeVar("SessionT")
@@ -44,7 +44,7 @@ class Plan(Generic[SessionT]):
     clock: Clock
     hooks: RunHooks
     new_coordinator: Callable[[], Coordinator]
-    open_events: Callable[[], EventLog] | None
+    open_events: Callable[[], EventSink] | None
     summarize_at_start: bool = False
 
 
@@ -57,3 +57,5 @@ class Opening:
     wait_for_checkpoint: bool = False
     max_wait_secs: float = 7200.0
     start_standard_services: bool = True
+    session: object = None
+    """One that was brought up already, and is only to be watched over."""

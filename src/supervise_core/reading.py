@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint
-from supervise_core.checkpoint_store import CheckpointReader
+from supervise_core.checkpoint_format import CheckpointReader
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import CheckpointNotFoundError, UnknownBackendError
 from supervise_core.manifest import Manifest

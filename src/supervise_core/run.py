@@ -22,7 +22,7 @@ from supervise_core.saving import RunSaver
 from supervise_core.services import Service, ServiceContext
 from supervise_core.signals import StopSignals, exception_of, exit_status_of
 from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
-from supervise_core.summaries import EventLog, read_value
+from supervise_core.summaries import EventSink, read_value
 from supervise_core.triggers import Trigger
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Run(Generic[SessionT]):
         self.report = report
         self.manager = plan.manager
         self.summaries: SummaryService | None = None
-        self.events: EventLog | None = None
+        self.events: EventSink | None = None
         self.saver: RunSaver | None = None
         self._signals = StopSignals(coordinator)
         self._services: list[Service] = []
@@ -64,6 +64,7 @@ class Run(Generic[SessionT]):
     def open(self, opening: Opening) -> None:
         """Bring the model up and start what watches over it. What fails on the way leaves nothing behind."""
         plan = self.plan
+        self._keep_session = opening.session is not None
         with ExitStack() as road:
             self.coordinator.on_stop(lambda cause: plan.hooks.call("supervise_stop_requested", cause=cause))
             if plan.signals:
@@ -86,7 +87,9 @@ class Run(Generic[SessionT]):
             session=self.session, logdir=plan.logdir, step=self.report.first_step, restored=self.report.restored,
         )  # fmt: skip
 
-    def _bring_up(self, opening: Opening) -> SessionT:
+    def _bring_up(self, opening: Opening) -> Any:
+        if opening.session is not None:
+            return opening.session
         if not self.plan.is_chief:
             return self.manager.wait_for_session(
                 opening.master, opening.config, opening.max_wait_secs, self.coordinator
@@ -188,7 +191,7 @@ class Run(Generic[SessionT]):
                 self.saver.checkpointer.save(step, wait=True)
         return [thread for thread in threading.enumerate() if thread not in before]
 
-    def _start_summaries(self, events: EventLog, trigger: Trigger) -> None:
+    def _start_summaries(self, events: EventSink, trigger: Trigger) -> None:
         self.summaries = SummaryService(events, trigger, self.plan.operations.summary)
         self._start(self.summaries)
         self._start(StepRateService(events, trigger, self.plan.backend.step_name))

@@ -17,7 +17,7 @@ from supervise_core.data_loop import DataLoop
 from supervise_core.plan import Plan
 from supervise_core.report import RunReport
 from supervise_core.snapshot import Snapshot, Staging
-from supervise_core.summaries import EventLog
+from supervise_core.summaries import EventSink
 from supervise_core.tagged_json import encode
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class RunSaver:
         loop: DataLoop,
         boundary: StepBoundary,
         coordinator: Coordinator,
-        events: EventLog | None,
+        events: EventSink | None,
         report: RunReport,
         metrics: Mapping[str, float],
     ) -> None:

@@ -37,7 +37,6 @@ Resume = str | os.PathLike[str]
 """``"auto"``, ``"must"``, ``"never"``, or a checkpoint: its path, or one that ``CheckpointDirectory`` gave."""
 
 _FIRST_POLL: Final = 0.01
-_LONGEST_POLL: Final = 1.0
 _SAY_EVERY: Final = 10.0
 
 
@@ -52,10 +51,10 @@ class Recovery:
 
     def __str__(self) -> str:
         skipped = [name for name in ("init", "init_fn") if name not in self.ran]
-        if self.restored is not None and self.content is not None:
+        if self.restored is not None:
             damaged = f" (set aside as damaged: {', '.join(self.set_aside)})" if self.set_aside else ""
-            step = self.content.manifest.step
-            return f"restored step {step} from {self.restored}{damaged}; not run: {', '.join(skipped)}"
+            step = "" if self.content is None else f"step {self.content.manifest.step} from "
+            return f"restored {step}{self.restored}{damaged}; not run: {', '.join(skipped)}"
         ran = [name for name in self.ran if name in ("init", "init_fn")]
         return f"nothing was restored; run: {', '.join(ran) or 'no initialisation'}"
 
@@ -75,11 +74,14 @@ class SessionManager(Generic[SessionT]):
         operations: Operations[SessionT] | None = None,
         store: CheckpointStore | None = None,
         clock: Clock | None = None,
+        longest_poll: float = 1.0,
     ) -> None:
+        """``longest_poll``: seconds between two looks at what is waited for, which begin with a hundredth of one."""
         self._backend = backend
         self._operations = operations or Operations.of(backend)
         self._store = store
         self._stop = StopSignal(clock)
+        self._longest_poll = longest_poll
         self._newer: list[CheckpointId] = []
         self.recovery = Recovery()
         """What the last call did."""
@@ -158,7 +160,7 @@ class SessionManager(Generic[SessionT]):
         self.recovery = Recovery()
         with ExitStack() as on_failure:
             session = self._create(master, config, on_failure)
-            _wait_until(lambda: self._adopt(session), "the chief's model", max_wait_secs, stop or self._stop)
+            self._wait_until(lambda: self._adopt(session), "the chief's model", max_wait_secs, stop or self._stop)
             on_failure.pop_all()
             return session
 
@@ -214,6 +216,26 @@ class SessionManager(Generic[SessionT]):
         answer = self._try_local_init(session)
         return answer if isinstance(answer, NotReady) else self._readiness(session)
 
+    def _wait_until(self, check: Callable[[], Readiness], what: str, max_wait_secs: float, stop: StopSignal) -> None:
+        """Ask again and again, soon at first, until the answer is ready.
+
+        :raises ReadinessTimeoutError: when ``max_wait_secs`` have passed; says what is missing.
+        :raises SessionStateError: when a stop is requested meanwhile.
+        """
+        began = said = stop.clock.monotonic()
+        poll = min(_FIRST_POLL, self._longest_poll)
+        while isinstance(answer := check(), NotReady):
+            now = stop.clock.monotonic()
+            left = began + max_wait_secs - now
+            if left <= 0:
+                raise ReadinessTimeoutError(f"waited {max_wait_secs:g} s for {what}: {answer.reason}")
+            if now - said >= _SAY_EVERY:
+                said = now
+                _log.info("waiting for %s, for %.0f more seconds at most: %s", what, left, answer.reason)
+            if stop.wait_for_stop(min(poll, left)):
+                raise SessionStateError(f"stopped while waiting for {what}: {answer.reason}")
+            poll = min(poll * 1.5, self._longest_poll)
+
     # ---- recovery
 
     def _await_checkpoint(self, max_wait_secs: float, stop: StopSignal) -> None:
@@ -221,7 +243,7 @@ class SessionManager(Generic[SessionT]):
         if store is None or self._operations.load is None:
             raise NotReadyError("there is nothing to wait for: without a logdir and a saver no checkpoint is restored")
         missing = NotReady(f"there is no checkpoint in {store.location}")
-        _wait_until(lambda: Ready() if store.checkpoints() else missing, "a checkpoint", max_wait_secs, stop)
+        self._wait_until(lambda: Ready() if store.checkpoints() else missing, "a checkpoint", max_wait_secs, stop)
 
     def _recover(self, session: SessionT, resume: Resume) -> bool:
         load = self._operations.load
@@ -335,24 +357,3 @@ class SessionManager(Generic[SessionT]):
                 len(checkpoints),
                 store.location,
             )
-
-
-def _wait_until(check: Callable[[], Readiness], what: str, max_wait_secs: float, stop: StopSignal) -> None:
-    """Ask again and again, soon at first, until the answer is ready.
-
-    :raises ReadinessTimeoutError: when ``max_wait_secs`` have passed; says what is missing.
-    :raises SessionStateError: when a stop is requested meanwhile.
-    """
-    began = said = stop.clock.monotonic()
-    poll = _FIRST_POLL
-    while isinstance(answer := check(), NotReady):
-        now = stop.clock.monotonic()
-        left = began + max_wait_secs - now
-        if left <= 0:
-            raise ReadinessTimeoutError(f"waited {max_wait_secs:g} s for {what}: {answer.reason}")
-        if now - said >= _SAY_EVERY:
-            said = now
-            _log.info("waiting for %s, for %.0f more seconds at most: %s", what, left, answer.reason)
-        if stop.wait_for_stop(min(poll, left)):
-            raise SessionStateError(f"stopped while waiting for {what}: {answer.reason}")
-        poll = min(poll * 1.5, _LONGEST_POLL)

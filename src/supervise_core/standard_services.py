@@ -9,7 +9,7 @@ from typing import Any
 from supervise_core.boundary import Appointment
 from supervise_core.checkpointer import Checkpointer
 from supervise_core.services import Service, ServiceContext
-from supervise_core.summaries import EventLog, read_value
+from supervise_core.summaries import EventSink, read_value
 from supervise_core.triggers import Trigger
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class SummaryService(Service):
 
     name = "summaries"
 
-    def __init__(self, events: EventLog, trigger: Trigger, summary: Summary | None) -> None:
+    def __init__(self, events: EventSink, trigger: Trigger, summary: Summary | None) -> None:
         self._events = events
         self._trigger = trigger
         self._summary = summary
@@ -89,7 +89,7 @@ class StepRateService(Service):
 
     name = "step rate"
 
-    def __init__(self, events: EventLog, trigger: Trigger, step_name: str) -> None:
+    def __init__(self, events: EventSink, trigger: Trigger, step_name: str) -> None:
         self._events = events
         self._trigger = trigger
         self._tag = f"{step_name}/sec"

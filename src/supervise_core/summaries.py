@@ -20,6 +20,7 @@ import re
 import struct
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,21 +95,31 @@ def read_number(name: str, value: Any) -> float:
         raise TypeError(f"the metric {name!r} is no number but {value!r}") from error
 
 
-class EventLog:
-    """One event file in a directory, appended to by any thread."""
+class EventSink(ABC):
+    """Where the events of a run go, from any thread, and the memory of those of the present step."""
 
-    def __init__(self, logdir: Path, clock: Clock) -> None:
-        """Opens a new file, later in name than every other one there, and announces the format in it."""
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._waiting: list[bytes] = []
-        self._failing = False
         self._recent: list[bytes] = []
         self._recent_step = -1
-        self.path, self._descriptor = _create_event_file(logdir, clock)
-        self._size = 0
         self._begun = False
-        self._write(_event(clock, file_version="brain.Event:2"))
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether nothing can be appended any more."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write what still waits, and close; safe to call twice.
+
+        :raises OSError: if the disk does not take it.
+        """
+
+    @abstractmethod
+    def _write(self, record: bytes) -> None:
+        """Append one serialized ``Event``."""
 
     def begin(self, events: Iterable[bytes]) -> None:
         """Append serialized ``Event`` messages that this file begins with; nothing if that was done before."""
@@ -116,11 +127,6 @@ class EventLog:
             self._begun = True
             for event in events:
                 self._write(event)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing can be appended any more."""
-        return self._descriptor < 0
 
     def add_event(self, event: bytes) -> None:
         """Append a serialized ``Event`` message."""
@@ -181,11 +187,24 @@ class EventLog:
         for record in records:
             self._write(record)
 
-    def close(self) -> None:
-        """Write what still waits, and close; safe to call twice.
 
-        :raises OSError: if the disk does not take it.
-        """
+class EventLog(EventSink):
+    """One event file in a directory."""
+
+    def __init__(self, logdir: Path, clock: Clock) -> None:
+        """Opens a new file, later in name than every other one there, and announces the format in it."""
+        super().__init__(clock)
+        self._waiting: list[bytes] = []
+        self._failing = False
+        self.path, self._descriptor = _create_event_file(logdir, clock)
+        self._size = 0
+        self._write(_event(clock, file_version="brain.Event:2"))
+
+    @property
+    def is_closed(self) -> bool:
+        return self._descriptor < 0
+
+    def close(self) -> None:
         with self._lock:
             if self._descriptor < 0:
                 return

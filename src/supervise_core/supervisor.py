@@ -27,7 +27,7 @@ from supervise_core.retention import KeepLatest, Retention
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
 from supervise_core.snapshot import Snapshot, Staging
-from supervise_core.summaries import EventLog, read_number, read_value
+from supervise_core.summaries import EventLog, EventSink, read_number, read_value
 from supervise_core.triggers import EverySeconds, Trigger
 
 SessionT = TypeVar("SessionT")
@@ -333,7 +333,7 @@ class Supervisor(Generic[SessionT]):
         return self._plan.manager
 
     @property
-    def summary_writer(self) -> EventLog | None:
+    def summary_writer(self) -> EventSink | None:
         """The event file of the present session, or of the last one if it was left open; None if there is none."""
         return self._lifecycle.events
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -78,6 +78,10 @@ class GraphOperations:
             graph, init_op, init_feed_dict, local_init_op, local_init_run_options, local_init_feed_dict,
             ready_op, ready_for_local_init_op, summary_op, saver, global_step,
         )  # fmt: skip
+
+    def replace(self, **changes: Any) -> GraphOperations:
+        """The same, but for these."""
+        return replace(self, **changes)
 
     # ---- what is done with them
 
