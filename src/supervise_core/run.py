@@ -356,9 +356,15 @@ class Run(Generic[SessionT]):
         report = self.report
         report.cause = self.coordinator.cause
         report.errors = list(self.coordinator.errors)
-        report.exit_status = 1 if report.errors else _exit_status(self._left_by, self._signals)
+        failed = bool(report.errors) and not self._was_ended_by_signal()
+        report.exit_status = 1 if failed else _exit_status(self._left_by, self._signals)
         _log.info("run ended: %s", report)
         self.plan.hooks.call("supervise_run_closed", report=report)
+
+    def _was_ended_by_signal(self) -> bool:
+        """Whether a signal came and at most peers were lost besides: they were told to end, too."""
+        lost = self.plan.backend.recoverable
+        return self._signals.first is not None and all(isinstance(kept.error, lost) for kept in self.coordinator.errors)
 
     def raise_signal_instead(self, error: BaseException) -> None:
         """After a start that was stopped: raise what the signal stands for that stopped it, if one did.
@@ -379,6 +385,8 @@ class Run(Generic[SessionT]):
         :raises BaseException: the first error of the run, if it is another one than the block's.
         :raises SystemExit, KeyboardInterrupt: for the signal that stopped a run without errors.
         """
+        if isinstance(error, Exception) and self._signals.first is not None and self._was_ended_by_signal():
+            raise exception_of(self._signals.first) from error
         first = self.coordinator.errors[0].error if self.coordinator.errors else None
         clean = error is None or self.plan.backend.is_clean_stop(error)
         if error is not None and not isinstance(error, Exception) and not clean:

@@ -56,7 +56,7 @@ class RunSaver:
         self._metrics: tuple[int, dict[str, float]] = (report.first_step, dict(metrics))
         self._held_position: object = None
         self._told_at: int | None = None
-        self._warned = self._ended = False
+        self._warned = self._warned_of_concurrency = self._ended = False
         labels = CheckpointLabels(plan.backend.name, _versions())
         self.checkpointer = Checkpointer(store, plan.keep, labels, self._capture, coordinator, report, self._committed)
 
@@ -135,7 +135,10 @@ class RunSaver:
         finally:
             staging.discard()
         metrics = self._metrics[1] if self._metrics[0] == step else {}
-        return PendingSave(step if snapshot.step is None else snapshot.step, snapshot, run_state, metrics)
+        if not snapshot.consistent:
+            self._warn_of_concurrency()
+        taken_at = step if snapshot.step is None else snapshot.step
+        return PendingSave(taken_at, snapshot, run_state, metrics, consistent=snapshot.consistent)
 
     def save_beside(self) -> None:
         """Save without a boundary; on the timer's thread, while training runs."""
@@ -154,6 +157,14 @@ class RunSaver:
         step = self._loop.steps.now() if snapshot.step is None else snapshot.step
         run_state = encode({"data": None, "events": []}, "the data's position")
         return PendingSave(step, snapshot, run_state, {}, consistent=False)
+
+    def _warn_of_concurrency(self) -> None:
+        if not self._warned_of_concurrency:
+            self._warned_of_concurrency = True
+            _log.warning(
+                "a step was made by another thread while a checkpoint was taken, and may mix two steps. "
+                "Have the thread that opened the session train, or let the others pause while it asks should_stop()."
+            )
 
     def _warn_of_repetition(self) -> None:
         if self._loop.is_mid_epoch() and not self._warned:

@@ -62,6 +62,8 @@ class Snapshot:
     _pending: tuple[Callable[[], None], ...] = ()
     step: int | None = None
     """The global step that was read in the very same moment; None where it cannot have moved since it was asked for."""
+    consistent: bool = True
+    """Whether no step was made while it was taken, as far as can be told."""
 
     def finish(self) -> None:
         """Wait until every copy has ended."""
@@ -114,11 +116,11 @@ class Staging:
                 self._pending.append(waiting)
         self._parts[part] = PartImage(part, skeleton, tuple(files), sum(spec.nbytes for spec in flat.specs))
 
-    def snapshot(self, step: int | None = None) -> Snapshot:
+    def snapshot(self, step: int | None = None, consistent: bool = True) -> Snapshot:
         """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""
         parts, self._parts = self._parts, {}
         pending, self._pending = self._pending, []
-        return Snapshot(parts, tuple(pending), step)
+        return Snapshot(parts, tuple(pending), step, consistent)
 
     def discard(self) -> None:
         """Forget what was put since the last snapshot, after a failure half way."""

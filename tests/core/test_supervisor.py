@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -301,3 +302,35 @@ def test_a_class_is_no_backend() -> None:
 def test_the_grace_period_is_not_negative(grace: float) -> None:
     with pytest.raises(ValueError, match="grace= takes a number of seconds"):
         Supervisor(ArrayBackend({"w": np.zeros(1)}), grace=grace)
+
+
+# ---- peers that are lost while a signal stops the run
+
+
+class PeerLostError(Exception):
+    """What a framework raises when another process of the job is gone."""
+
+
+class LonelyBackend(ArrayBackend):
+    """A backend that may lose a peer."""
+
+    recoverable = (PeerLostError,)
+
+
+def test_a_peer_lost_after_a_signal_is_part_of_that_stop(tmp_path: Path) -> None:
+    sv = Supervisor(LonelyBackend({"w": np.zeros(1)}), tmp_path, summarize_every=None)
+    with pytest.raises(SystemExit) as caught, sv.managed_session():
+        signal.raise_signal(signal.SIGTERM)
+        eventually(sv.coord.should_stop)
+        raise PeerLostError("the others were told to end, too")
+    assert caught.value.code == sv.report.exit_status == 143
+    assert isinstance(caught.value.__cause__, PeerLostError)
+
+
+def test_another_error_after_a_signal_is_an_error(tmp_path: Path) -> None:
+    sv = Supervisor(LonelyBackend({"w": np.zeros(1)}), tmp_path, summarize_every=None)
+    with pytest.raises(ValueError, match="broken"), sv.managed_session():
+        signal.raise_signal(signal.SIGTERM)
+        eventually(sv.coord.should_stop)
+        raise ValueError("broken")
+    assert sv.report.exit_status == 1

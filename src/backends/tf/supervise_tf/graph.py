@@ -149,13 +149,13 @@ class GraphBackend(Backend[Any]):
 
     def snapshot(self, session: Any, staging: Staging) -> Snapshot:
         self._warn_of_random_state()
-        step = self.global_step(session)
+        before = step = self.global_step(session)
         if self._saved is not None:
             values = self._saved.fetch(session)
             step = self._step_in(values, step)
             staging.put(VARIABLES, to_tree(values))
         staging.put(_OWN_PART, {"random": self.random_state(session)})
-        return staging.snapshot(step)
+        return staging.snapshot(step, consistent=self.global_step(session) == before)
 
     def load(self, session: Any, parts: Parts) -> None:
         wanted = {_OWN_PART} if self._saved is None else {VARIABLES, _OWN_PART}

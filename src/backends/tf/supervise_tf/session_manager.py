@@ -10,6 +10,7 @@ from typing import Any, Final
 import tensorflow as tf
 
 import supervise_core
+from supervise_core.coordinator import StopSignal
 from supervise_core.errors import ReadinessTimeoutError
 from supervise_core.operations import Operations
 from supervise_core.session_manager import Recovery, Resume
@@ -61,6 +62,8 @@ class SessionManager:
         self._longest_poll = max(0.001, min(_POLL_AT_MOST, recovery_wait_secs))
         self.store_of: Callable[[str], BundleStore] = BundleStore
         """The store of a checkpoint directory; a Supervisor puts its own there, which may also set aside."""
+        self.stop_signal: StopSignal | None = None
+        """What ends a wait early; that of a Supervisor, while it has a session brought up."""
         self.recovery = Recovery()
         """What the last call did."""
 
@@ -86,8 +89,9 @@ class SessionManager:
         manager = self._manager(saver, checkpoint_dir, checkpoint_filename_with_path, init_op, init_feed_dict, init_fn)
         with self._noting(manager):
             return manager.prepare_session(
-                master, config, wait_for_checkpoint=wait_for_checkpoint, max_wait_secs=_limit(max_wait_secs)
-            )
+                master, config, wait_for_checkpoint=wait_for_checkpoint, max_wait_secs=_limit(max_wait_secs),
+                stop=self.stop_signal,
+            )  # fmt: skip
 
     def recover_session(
         self,
@@ -116,7 +120,7 @@ class SessionManager:
         """
         manager = self._manager(None, None, None)
         with self._noting(manager):
-            return manager.wait_for_session(master, config, _limit(max_wait_secs))
+            return manager.wait_for_session(master, config, _limit(max_wait_secs), self.stop_signal)
 
     def _manager(
         self,

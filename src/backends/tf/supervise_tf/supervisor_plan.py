@@ -190,6 +190,7 @@ class _Manager(supervise_core.SessionManager[Any]):
         stop: StopSignal | None = None,
     ) -> Any:
         operations = self._graph_operations
+        self._have_it_hear(stop)
         session = self._given.prepare_session(
             master, init_op=operations.init_op, saver=operations.saver, checkpoint_dir=self._logdir,
             wait_for_checkpoint=wait_for_checkpoint, max_wait_secs=max_wait_secs, config=config,
@@ -201,7 +202,13 @@ class _Manager(supervise_core.SessionManager[Any]):
     def wait_for_session(
         self, master: str = "", config: object = None, max_wait_secs: float = 7200.0, stop: StopSignal | None = None
     ) -> Any:
+        self._have_it_hear(stop)
         return self._given.wait_for_session(master, config=config, max_wait_secs=max_wait_secs)
+
+    def _have_it_hear(self, stop: StopSignal | None) -> None:
+        """A manager of our own ends its waits when the run is stopped; one of TensorFlow's cannot."""
+        if isinstance(self._given, SessionManager):
+            self._given.stop_signal = stop
 
 
 class _GraphFile(Service):
