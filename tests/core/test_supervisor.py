@@ -317,20 +317,23 @@ class LonelyBackend(ArrayBackend):
     recoverable = (PeerLostError,)
 
 
-def test_a_peer_lost_after_a_signal_is_part_of_that_stop(tmp_path: Path) -> None:
-    sv = Supervisor(LonelyBackend({"w": np.zeros(1)}), tmp_path, summarize_every=None)
-    with pytest.raises(SystemExit) as caught, sv.managed_session():
+def fail_after_a_signal(sv: Supervisor[Any], error: Exception) -> None:
+    with sv.managed_session():
         signal.raise_signal(signal.SIGTERM)
         eventually(sv.coord.should_stop)
-        raise PeerLostError("the others were told to end, too")
+        raise error
+
+
+def test_a_peer_lost_after_a_signal_is_part_of_that_stop(tmp_path: Path) -> None:
+    sv = Supervisor(LonelyBackend({"w": np.zeros(1)}), tmp_path, summarize_every=None)
+    with pytest.raises(SystemExit) as caught:
+        fail_after_a_signal(sv, PeerLostError("the others were told to end, too"))
     assert caught.value.code == sv.report.exit_status == 143
     assert isinstance(caught.value.__cause__, PeerLostError)
 
 
 def test_another_error_after_a_signal_is_an_error(tmp_path: Path) -> None:
     sv = Supervisor(LonelyBackend({"w": np.zeros(1)}), tmp_path, summarize_every=None)
-    with pytest.raises(ValueError, match="broken"), sv.managed_session():
-        signal.raise_signal(signal.SIGTERM)
-        eventually(sv.coord.should_stop)
-        raise ValueError("broken")
+    with pytest.raises(ValueError, match="broken"):
+        fail_after_a_signal(sv, ValueError("broken"))
     assert sv.report.exit_status == 1
