@@ -17,14 +17,24 @@ SHORT = {
     "02_torch_digits.py": ["--epochs", "1"],
     "03_char_transformer.py": ["--steps", "6"],
     "04_own_service.py": ["--steps", "60"],
+    "06_tf1_supervisor.py": ["--steps", "60"],
+    "07_tf_graph_backend.py": ["--epochs", "1"],
 }
 LONGER = {
     "01_minimal.py": ["--epochs", "4"],
     "02_torch_digits.py": ["--epochs", "2"],
     "03_char_transformer.py": ["--steps", "9"],
     "04_own_service.py": ["--steps", "90"],
+    "06_tf1_supervisor.py": ["--steps", "90"],
+    "07_tf_graph_backend.py": ["--epochs", "2"],
 }
-NEEDS = {"01_minimal.py": "sklearn", "02_torch_digits.py": "torch", "03_char_transformer.py": "torch"}
+NEEDS = {
+    "01_minimal.py": "sklearn",
+    "02_torch_digits.py": "torch",
+    "03_char_transformer.py": "torch",
+    "06_tf1_supervisor.py": "tensorflow",
+    "07_tf_graph_backend.py": "tensorflow",
+}
 
 
 def command(name: str, logdir: Path, *arguments: str) -> list[str]:
