@@ -100,11 +100,13 @@ class BundleStore(DirectoryStore, DraftStore):
         return BundleDraft(self, checkpoint, self.name_of(checkpoint), directory)
 
     def seal(self, path: Path) -> FileRecord:
+        """See ``DraftStore``."""
         self._disk.sync_file(path)
         with closing(self._disk.open_directory(path.parent, lambda name: name == path.name)) as held:
             return FileRecord(held.size(path.name), hash_of(held.chunks(path.name)))
 
     def commit_bundle(self, draft: BundleDraft, manifest: Manifest, replaces: CheckpointId | None) -> CheckpointId:
+        """See ``DraftStore``."""
         self._disk.sync_directory(draft.directory)
         if replaces is not None and self._holds(replaces, manifest):
             target = self.path / f"{self.name_of(replaces)}.{MANIFEST}"
