@@ -18,9 +18,12 @@ class SummaryWriter(tf.compat.v1.summary.FileWriter):  # type: ignore[misc]
     All of its methods are TensorFlow's; only what they hand the events to is not.
     """
 
+    event_writer: _EventFiles
+
     def __init__(self, logdir: str | os.PathLike[str], clock: Clock | None = None) -> None:
         """Makes the directory and the event file."""
-        self.event_writer = _EventFiles(Path(logdir), clock or SystemClock())
+        files = _EventFiles(Path(logdir), clock or SystemClock())
+        super(tf.compat.v1.summary.FileWriter, self).__init__(files)  # its own would open a file of its own
         self._closed = False
 
     @property
