@@ -161,7 +161,8 @@ class GraphBackend(Backend[Any]):
         wanted = {_OWN_PART} if self._saved is None else {VARIABLES, _OWN_PART}
         variables = parts.get(VARIABLES)
         if isinstance(variables, BundlePart):
-            self.operations.saver.restore(session, str(variables.prefix))
+            with self.operations.graph.as_default():  # outside of the graph TensorFlow would restore eagerly
+                self.operations.saver.restore(session, str(variables.prefix))
         elif wanted != set(parts):
             part = min(wanted ^ set(parts))
             where = "in the checkpoint" if part in wanted else "in the program"

@@ -167,7 +167,8 @@ class _OneFile(supervise_core.SessionManager[Any]):
         self._file = file
 
     def _recover(self, session: Any, resume: Resume) -> bool:
-        self._saver.restore(session, self._file)
+        with session.graph.as_default():  # outside of the graph TensorFlow would restore eagerly
+            self._saver.restore(session, self._file)
         self.recovery.restored = self._file
         return True
 
