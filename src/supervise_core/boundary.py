@@ -107,6 +107,11 @@ class Appointment:
                 self._last = Firing(step, now, self._boundary.clock.monotonic() - now)
                 self.due = self._next()
 
+    @property
+    def was_overlooked(self) -> bool:
+        """Whether it was said, since it was last done, that the loop comes to no boundary."""
+        return self._warned
+
     def overlooked_at(self) -> float | None:
         """The second from which on the loop must be said to come to no boundary."""
         due = self.due.seconds
@@ -181,8 +186,9 @@ class StepBoundary:
                 self.warn_of_no_boundary(step)
 
     def warn_of_no_boundary(self, step: int) -> None:
-        """Say that the loop runs without supervision, if it never came to a boundary."""
-        if not self._reached:
+        """Say that the loop runs without supervision, if it never came to a boundary and nothing said so yet."""
+        said = any(appointment.was_overlooked for appointment in (*self._appointments, *self._last_appointments))
+        if not self._reached and not said:
             _log.warning(
                 "step %d, and the training loop has come to no step boundary: nothing is saved or summarised while it "
                 "runs, and no stop is heard. Call sv.should_stop() in each round, or iterate over sv.batches(...).",
