@@ -10,7 +10,7 @@ import errno
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +20,8 @@ from supervise_core.errors import CheckpointDamagedError
 
 Key = tuple[str, str]
 """The name of a tensor, and its slice specification."""
+
+_PIECE: Final = 16 << 20
 
 
 class BundleWriter:
@@ -66,6 +68,11 @@ class BundleWriter:
         self._signature = signature
 
 
+def as_array(value: Any) -> NDArray[Any]:
+    """What TensorFlow gives as a value, as an array; it gives a single string as bytes, whose length must be kept."""
+    return np.array(value, dtype=object) if isinstance(value, bytes) else np.asarray(value)
+
+
 def dtype_of(array: NDArray[Any]) -> Any:
     """TensorFlow's dtype of an array; one of Python objects holds strings."""
     return tf.string if array.dtype == object else tf.as_dtype(array.dtype)
@@ -75,15 +82,17 @@ def read_bundle(prefix: Path) -> dict[str, NDArray[Any]]:
     """All tensors of a bundle by name; those stored in slices are put together. TensorFlow checks its own checksums.
 
     :raises CheckpointDamagedError: if something is missing or does not match its checksum.
+    :raises OSError: as the storage fails.
     """
     reader, names = _open(prefix)
-    return {name: np.asarray(_tensor(reader, prefix, name)) for name in names}
+    return {name: as_array(_tensor(reader, prefix, name)) for name in names}
 
 
 def check_bundle(prefix: Path) -> None:
     """Read a bundle against the checksums that TensorFlow keeps in it, one tensor after the other.
 
     :raises CheckpointDamagedError: if something is missing or does not match its checksum.
+    :raises OSError: as the storage fails.
     """
     reader, names = _open(prefix)
     for name in names:
@@ -94,8 +103,6 @@ def _open(prefix: Path) -> tuple[Any, list[str]]:
     try:
         reader = tf.train.load_checkpoint(str(prefix))
         return reader, sorted(reader.get_variable_to_shape_map())
-    except PermissionError:
-        raise
     except Exception as error:
         raise _damaged(prefix, "index", error) from error
 
@@ -108,12 +115,27 @@ def _tensor(reader: Any, prefix: Path, name: str) -> Any:
 
 
 def _damaged(prefix: Path, what: str, error: Exception) -> CheckpointDamagedError:
-    if isinstance(error, tf.errors.PermissionDeniedError):
-        raise PermissionError(errno.EACCES, str(error), str(prefix)) from error
+    _check_storage(prefix)
     said = getattr(error, "message", None) or str(error)
     return CheckpointDamagedError(
         prefix.name, f"{what}: {type(error).__name__}: {said.splitlines()[0] if said else ''}"
     )
+
+
+def _check_storage(prefix: Path) -> None:
+    """Read the files of a bundle as they are: TensorFlow's errors do not tell a failing storage from damage.
+
+    :raises OSError: as the storage fails, or permissions are missing; but not for what is not there.
+    """
+    try:
+        paths = [path for path in sorted(prefix.parent.iterdir()) if path.name.startswith(f"{prefix.name}.")]
+        for path in paths:
+            if path.is_file():
+                with path.open("rb", buffering=0) as file:
+                    while file.read(_PIECE):
+                        pass
+    except FileNotFoundError:
+        return
 
 
 def _as_os_error(error: Any, prefix: Path) -> OSError:

@@ -17,7 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from supervise_core.errors import IncompatibleCheckpointError, UnsupportedStateError
-from supervise_tf.bundle import Key, dtype_of
+from supervise_tf.bundle import Key, as_array, dtype_of
 from supervise_tf.inputs import ancestors
 
 _SAVE: Final = ("SaveV2", "SaveSlices")
@@ -61,7 +61,7 @@ class SavedTensors:
     def fetch(self, session: Any) -> dict[Key, NDArray[Any]]:
         """Their values at this moment, read in one run."""
         values = session.run(list(self.fetches.values()))
-        return {key: np.asarray(value) for key, value in zip(self.fetches, values, strict=True)}
+        return {key: as_array(value) for key, value in zip(self.fetches, values, strict=True)}
 
     def check_fit(self, part: str, saved: Mapping[Key, NDArray[Any]]) -> None:
         """:raises IncompatibleCheckpointError: naming every tensor that is missing, unexpected, or of another kind."""
