@@ -65,6 +65,7 @@ class Appointment:
         self._lock = threading.Lock()
         self._requested = False
         self._warned = False
+        self._rung: tuple[float | None, float] = None, 0.0
         self.due = self._next()
 
     def request(self) -> None:
@@ -115,12 +116,18 @@ class Appointment:
     def overlooked_at(self) -> float | None:
         """The second from which on the loop must be said to come to no boundary."""
         due = self.due.seconds
-        return None if due is None else due + (due - self._last.seconds)
+        if due is None:
+            return None
+        rung_for, rung_at = self._rung
+        return (rung_at if rung_for == due else due) + (due - self._last.seconds)
 
     def look_if_overlooked(self, now: float) -> None:
         """When it has been due for a whole further interval and no boundary came: say so once, and do what can be done
         beside the loop."""
-        due, overlooked = self.due.seconds, self.overlooked_at()
+        due = self.due.seconds
+        if due is not None and self._rung[0] != due:
+            self._rung = due, now  # this thread may be late itself, and the loop heard of it only now
+        overlooked = self.overlooked_at()
         if due is None or overlooked is None or now < overlooked:
             return
         if not self._warned:

@@ -174,6 +174,10 @@ def test_an_overlooked_boundary_is_told_of_once(timed: Loop, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         timed.clock.wait_for_sleepers(1)
         timed.clock.advance(19.5)
+        eventually(lambda: timed.boundary.due)  # the loop hears of it here, and has ten seconds from now on
+        timed.clock.wait_for_sleepers(1)
+        assert told() == []
+        timed.clock.advance(9.5)
         timed.clock.wait_for_sleepers(1)
         assert told() == []
         for _ in range(40):
