@@ -1,0 +1,128 @@
+"""A TensorFlow checkpoint holds one step, the one in its name, however soon the loop goes on after the boundary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .tf_driving import KINDS
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+
+from supervise_tf import Supervisor  # noqa: E402
+
+v1 = tf.compat.v1
+
+
+class Counting:
+    """A model whose variables are all set to the number of the step, one after the other."""
+
+    def __init__(self, logdir: Path, kind: str) -> None:
+        self.graph = tf.Graph()
+        with self.graph.as_default():
+            resource = kind == "resource"
+            step = v1.get_variable(
+                "global_step", (), tf.int64, v1.zeros_initializer(), trainable=False, use_resource=resource
+            )
+            shapes = [(200, 50), (3,), (), (100, 100), (7, 1), (40, 40, 4)]
+            self.variables = [
+                v1.get_variable(f"v{number}", shape, tf.float64, v1.zeros_initializer(), use_resource=resource)
+                for number, shape in enumerate(shapes)
+            ]
+            value = tf.cast(tf.identity(step) + 1, tf.float64)
+            done: Any = value
+            for variable in self.variables[:3]:
+                with tf.control_dependencies([done]):
+                    done = v1.assign(variable, tf.fill(variable.shape, value))
+            with tf.control_dependencies([done]):
+                done = v1.assign_add(step, 1)
+            for variable in self.variables[3:]:
+                with tf.control_dependencies([done]):
+                    done = v1.assign(variable, tf.fill(variable.shape, value))
+            self.train = done.op if hasattr(done, "op") else done
+            saver = v1.train.Saver(max_to_keep=100_000)
+            self.sv = Supervisor(logdir=logdir, save_model_secs=0.02, saver=saver)
+
+
+def contents(logdir: Path) -> dict[str, tuple[bool, set[float]]]:
+    """By the name of each checkpoint: whether it was taken at a boundary, and all numbers in it."""
+    found: dict[str, tuple[bool, set[float]]] = {}
+    for index in logdir.glob("model.ckpt-*.index"):
+        prefix = index.with_suffix("")
+        reader = tf.train.load_checkpoint(str(prefix))
+        tensors = [np.asarray(reader.get_tensor(name)) for name in reader.get_variable_to_shape_map()]
+        manifest = json.loads(Path(f"{prefix}.manifest.json").read_bytes())
+        found[prefix.name] = manifest["consistent"], {float(number) for one in tensors for number in np.unique(one)}
+    return found
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [message for message in found if words in message]
+
+
+@pytest.mark.campaign(small=40, soak=200)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tf_state_is_never_torn(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, count: int) -> None:
+    model = Counting(tmp_path, kind)
+    steps = 0
+    with caplog.at_level(logging.WARNING), model.sv.managed_session() as sess:
+        while not model.sv.should_stop() and model.sv.report.saves < count:
+            sess.run(model.train)
+            steps += 1
+    found = contents(tmp_path)
+    assert len(found) >= count
+    assert found[f"model.ckpt-{steps}"] == (True, {float(steps)})
+    beside = [name for name, (consistent, _) in found.items() if not consistent]
+    assert not beside or warnings_in(caplog, "no step boundary")  # a step that took longer than two intervals
+    assert len(beside) <= count // 2
+    for name, (consistent, numbers) in found.items():
+        if consistent:
+            assert numbers == {float(name.rpartition("-")[2])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loop_that_never_asks_is_saved_beside(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    model, logdir = Counting(tmp_path / "run", kind), tmp_path / "run"
+    steps = 0
+    with caplog.at_level(logging.WARNING), model.sv.managed_session() as sess:
+        while model.sv.report.saves < 5:
+            sess.run(model.train)
+            steps += 1
+        shutil.copytree(logdir, tmp_path / "killed", ignore=shutil.ignore_patterns(".work", "checkpoint"))
+    assert len(warnings_in(caplog, "no step boundary")) == 1
+    found = contents(logdir)
+    assert found[f"model.ckpt-{steps}"] == (True, {float(steps)})  # the last step, at a clean end
+    beside = [name for name, (consistent, _) in found.items() if not consistent]
+    assert len(beside) >= 3
+    for name in beside:  # of the step in its name, or torn between neighbours, but no older
+        assert max(found[name][1]) <= steps
+    assert model.sv.report.exit_status == 0
+    caplog.clear()
+    resumed = Counting(tmp_path / "killed", kind)
+    with resumed.sv.managed_session() as sess:
+        resumed.sv.request_stop()
+    assert resumed.sv.report.restored == "model.ckpt-0"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_none_taken_at_a_boundary_the_newest_of_the_others_is_restored(tmp_path: Path, kind: str) -> None:
+    model = Counting(tmp_path / "run", kind)
+    with model.sv.managed_session() as sess:
+        while model.sv.report.saves < 5:
+            sess.run(model.train)
+        shutil.copytree(tmp_path / "run", tmp_path / "killed", ignore=shutil.ignore_patterns(".work", "checkpoint"))
+    (tmp_path / "killed" / "model.ckpt-0.index").unlink()
+    names = sorted(contents(tmp_path / "killed"), key=lambda name: int(name.rpartition("-")[2]))
+    resumed = Counting(tmp_path / "killed", kind)
+    with resumed.sv.managed_session():
+        resumed.sv.request_stop()
+    assert resumed.sv.report.restored == names[-1]
