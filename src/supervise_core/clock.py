@@ -37,8 +37,13 @@ class SystemClock(Clock):
         return time.time()
 
     def wait(self, event: threading.Event, timeout: float | None) -> bool:
-        return event.wait(timeout)
+        return event.wait(_within_limits(timeout))
 
     def join(self, thread: threading.Thread, timeout: float | None) -> bool:
-        thread.join(timeout)
+        thread.join(_within_limits(timeout))
         return not thread.is_alive()
+
+
+def _within_limits(timeout: float | None) -> float | None:
+    """Python waits for 292 years at most, and refuses to try for longer."""
+    return None if timeout is None else min(timeout, threading.TIMEOUT_MAX)

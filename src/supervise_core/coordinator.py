@@ -80,6 +80,8 @@ class Coordinator(StopSignal):
         self._cause: StopCause | None = None
         self._errors: list[StopCause] = []
         self._threads: list[threading.Thread] = []
+        self._left_behind: list[threading.Thread] = []
+        self._joined = False
         self._listeners: list[Callable[[StopCause], None]] = []
 
     @property
@@ -92,6 +94,21 @@ class Coordinator(StopSignal):
         """Every error that was reported, in order. The first is the one that is raised."""
         with self._lock:
             return tuple(self._errors)
+
+    @property
+    def joined(self) -> bool:
+        """Whether a join has ended; what fails after it has nobody any more who would raise it."""
+        return self._joined
+
+    @property
+    def registered_threads(self) -> frozenset[threading.Thread]:
+        """The threads that the next ``join`` waits for."""
+        with self._lock:
+            return frozenset(self._threads)
+
+    def is_failure(self, error: BaseException) -> bool:
+        """Whether an exception is an error now: no clean stop, and nothing that the stop itself caused."""
+        return not self._is_clean_stop(error) and not (self.should_stop() and self._is_aftermath(error))
 
     def request_stop(self, error: BaseException | None = None, *, source: str = "request_stop") -> None:
         """Ask all threads to stop. An error is kept whenever it comes; nothing is raised here.
@@ -182,21 +199,26 @@ class Coordinator(StopSignal):
     ) -> list[threading.Thread]:
         """Wait as ``join`` does, and raise nothing: the threads that are left. Those registered meanwhile count.
 
-        ``free`` is called once if threads are left soon after the stop; it may end what they are blocked in.
+        ``free`` is called once if threads are left soon after the stop; it may end what they are blocked in. Registered
+        threads are forgotten then, also those that are left: a second join does not wait for them again.
         """
         given = list(threads)
         while not self._stopped.is_set() and (alive := self._alive(given)):
             self.clock.join(alive[0], 0.05)
         began = self.clock.monotonic()
-        if free is not None and self._await_end(given, began + min(grace, _UNAIDED)):
+        if free is not None and self._await_end(given, began, min(grace, _UNAIDED)):
             free()
-        alive = self._await_end(given, began + grace)
+        alive = self._await_end(given, began, grace)
         for thread in alive:
             _log.error("thread %r did not stop within %g s; it is at:\n%s", thread.name, grace, stack_of(thread))
+        with self._lock:
+            self._joined = True
+            self._left_behind += (thread for thread in self._threads if thread.is_alive())
+            self._threads = []
         return alive
 
-    def _await_end(self, given: list[threading.Thread], deadline: float) -> list[threading.Thread]:
-        while (alive := self._alive(given)) and (left := deadline - self.clock.monotonic()) > 0:
+    def _await_end(self, given: list[threading.Thread], began: float, grace: float) -> list[threading.Thread]:
+        while (alive := self._alive(given)) and (left := began + grace - self.clock.monotonic()) > 0:
             self.clock.join(alive[0], left)
         return alive
 
@@ -206,8 +228,12 @@ class Coordinator(StopSignal):
             raise error
 
     def live_threads(self) -> list[threading.Thread]:
-        """The registered threads that have not ended, without the calling one."""
-        return self._alive([])
+        """The threads that were registered and have not ended, without the calling one."""
+        return self._alive(self._left_behind)
+
+    def reopen(self) -> None:
+        """After a join that came without a stop: go on as if it had not been."""
+        self._joined = False
 
     def _alive(self, given: list[threading.Thread]) -> list[threading.Thread]:
         with self._lock:

@@ -32,8 +32,6 @@ class Coordinator:
             kinds = tuple(clean_stop_exception_types)
             self._is_clean_stop = lambda error: isinstance(error, kinds)
         self._lock = threading.Lock()
-        self._registered_threads: set[threading.Thread] = set()
-        self._joined = False
         self._newest = self._new_round()
         self._earlier: dict[int, supervise_core.Coordinator] = {}
 
@@ -45,14 +43,17 @@ class Coordinator:
         :raises TypeError: if ``ex`` is something else.
         """
         error = ex[1] if isinstance(ex, tuple) else ex
-        if self._joined and error is not None and not self._is_clean_stop(error):
+        round_ = self._round
+        if error is not None and round_ is self._newest and round_.joined and round_.is_failure(error):
             raise error
-        self._round.request_stop(error, source=f"thread {threading.current_thread().name!r}")
+        round_.request_stop(error, source=f"thread {threading.current_thread().name!r}")
 
     def clear_stop(self) -> None:
         """Begin a new round, if a stop was requested: then nobody has asked for it, and nothing has failed."""
         if self._newest.should_stop():
             self.begin(self._new_round())
+        else:
+            self._newest.reopen()
 
     def should_stop(self) -> bool:
         """Whether a stop was requested."""
@@ -61,8 +62,10 @@ class Coordinator:
     @contextmanager
     def stop_on_exception(self) -> Generator[None, None, None]:
         """Hand any exception of the block to ``request_stop``, and end the block."""
-        with self._round.stop_on_exception():
+        try:
             yield
+        except BaseException as error:
+            self.request_stop(error)
 
     def wait_for_stop(self, timeout: float | None = None) -> bool:
         """Wait for the stop, at most ``timeout`` seconds; whether it was requested."""
@@ -70,8 +73,6 @@ class Coordinator:
 
     def register_thread(self, thread: threading.Thread) -> None:
         """Add a thread to those that ``join`` waits for."""
-        with self._lock:
-            self._registered_threads.add(thread)
         self._round.register(thread)
 
     def join(
@@ -87,9 +88,6 @@ class Coordinator:
         """
         round_ = self._round
         stragglers = round_.join_threads(threads or (), stop_grace_period_secs)
-        self._joined = True
-        with self._lock:
-            self._registered_threads = set()
         round_.raise_requested_exception()
         if stragglers and not ignore_live_threads:
             raise StragglersError(stop_grace_period_secs, {thread.name: stack_of(thread) for thread in stragglers})
@@ -97,13 +95,18 @@ class Coordinator:
     @property
     def joined(self) -> bool:
         """Whether ``join`` has ended in this round."""
-        return self._joined
+        return self._round.joined
 
     def raise_requested_exception(self) -> None:
         """Raise the first error that was reported, if there is one."""
         self._round.raise_requested_exception()
 
     # ---- inside
+
+    @property
+    def _registered_threads(self) -> set[threading.Thread]:
+        """Programs look at it by this name, which it has in TensorFlow."""
+        return set(self._newest.registered_threads)
 
     @property
     def has_earlier_rounds(self) -> bool:
@@ -128,9 +131,9 @@ class Coordinator:
             if self._newest.should_stop():
                 left = {thread.ident for thread in self._newest.live_threads() if thread.ident is not None}
                 self._earlier |= dict.fromkeys(left - self._earlier.keys(), self._newest)
+            for thread in self._newest.registered_threads:  # nobody has joined for them
+                newest.register(thread)
             self._newest = newest
-            self._joined = False
-            self._registered_threads = set()
 
 
 class LooperThread(Looper):
@@ -163,8 +166,7 @@ class LooperThread(Looper):
         called = "LooperThread" if target is None else getattr(target, "__qualname__", type(target).__qualname__)
         name = f"loop {called}" if type(self) is LooperThread else f"loop {type(self).__qualname__}"
         super().__init__(coord._round, timer_interval_secs, self.run_loop, name=name)
-        with coord._lock:
-            coord._registered_threads.add(self)
+        self._coord = coord
 
     @staticmethod
     def loop(  # type: ignore[override]
@@ -178,6 +180,11 @@ class LooperThread(Looper):
         looper = LooperThread(coord, timer_interval_secs, target, args, kwargs)
         looper.start()
         return looper
+
+    def run(self) -> None:
+        """The body of the thread, which belongs to the round that it is started in."""
+        self._coordinator = self._coord._round
+        super().run()
 
     def run_loop(self) -> None:
         """One run: call the target."""
