@@ -166,7 +166,11 @@ class Supervisor:
         :raises RuntimeError: if this is not the chief, or they run already.
         :raises ValueError: if there is no logdir.
         """
-        if self._is_chief and self._logdir and self._lifecycle.run is None:
+        if not self._is_chief:
+            raise RuntimeError("only the chief has the standard services; this Supervisor has is_chief=False")
+        if not self._logdir:
+            raise ValueError("the standard services need a place for their files; pass logdir= to the Supervisor")
+        if self._lifecycle.run is None:
             self._lifecycle.open(Opening(start_standard_services=False, session=sess))
         return self._lifecycle.start_standard_services()
 

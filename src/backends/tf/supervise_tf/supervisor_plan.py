@@ -141,7 +141,7 @@ def _retention(saver: Any) -> Retention:
 def verify_devices(graph: Any) -> None:
     """:raises ValueError: if a variable has no device: it would not be the one that the chief initialises."""
     for operation in graph.get_operations():
-        if operation.type in ("Variable", "VariableV2") and not operation.device:
+        if operation.type in ("Variable", "VariableV2", "VarHandleOp") and not operation.device:
             raise ValueError(
                 f"the variable {operation.name!r} has no device, so every process would have its own; "
                 "build the model with tf.device(tf.compat.v1.train.replica_device_setter(...))"
