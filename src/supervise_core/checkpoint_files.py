@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Final
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from supervise_core.checkpoint_format import (
     CheckpointContent,
     CheckpointFormat,
     CheckpointReader,
-    Chunk,
     Draft,
     Written,
 )
@@ -21,8 +21,6 @@ from supervise_core.snapshot import Part, PartImage, Snapshot
 from supervise_core.tagged_json import Json, decode
 from supervise_core.tensors import TensorSpec
 
-_CHUNK: Final = 16 << 20
-
 
 def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json) -> dict[str, FileRecord]:
     """Write the files of a snapshot into a draft: each part's tensors, and all else. Their sizes and hashes.
@@ -31,12 +29,14 @@ def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json) -> dict[st
     """
     snapshot.finish()
     records: dict[str, FileRecord] = {}
-    for part in snapshot.parts.values():
-        for image in part.files:
-            draft.write(image.name, _chunks(image.content))
-            records[image.name] = FileRecord(image.content.nbytes, hash_of([image.content]))
-        if len(part.files) > 1:
-            _write_small(draft, _index_name(part.name), _index_of(part), records)
+    with ThreadPoolExecutor(1, "supervise-core hashes") as hashing:  # while the disk writes, as both let go of the GIL
+        for part in snapshot.parts.values():
+            for image in part.files:
+                hashed = hashing.submit(hash_of, [image.content])
+                draft.write_image(image)
+                records[image.name] = FileRecord(image.content.nbytes, hashed.result())
+            if len(part.files) > 1:
+                _write_small(draft, _index_name(part.name), _index_of(part), records)
     state = {"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state}
     _write_small(draft, STATE, state, records)
     return records
@@ -187,11 +187,6 @@ def _state_bytes(content: Json) -> bytes:
     if len(data) > LARGEST_STATE:
         raise ValueError(f"what is no tensor takes {len(data)} bytes as JSON, more than {LARGEST_STATE}; use arrays")
     return data
-
-
-def _chunks(content: memoryview) -> Iterator[Chunk]:
-    for begin in range(0, content.nbytes, _CHUNK):
-        yield content[begin : begin + _CHUNK]
 
 
 def _exhaust(items: Iterator[object]) -> None:

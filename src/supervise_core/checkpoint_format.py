@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.manifest import LARGEST_MANIFEST, MANIFEST, FileRecord, Manifest, hash_of
-from supervise_core.snapshot import Part, Snapshot
+from supervise_core.snapshot import FileImage, Part, Snapshot
 from supervise_core.tagged_json import Json
 
 Chunk = bytes | bytearray | memoryview
@@ -99,6 +99,13 @@ class Draft(ABC):
 
         :raises OSError: as the storage fails; the draft is then only good for ``discard``.
         """
+
+    def write_image(self, image: FileImage) -> None:
+        """Write one file that is ready in memory and make it durable.
+
+        :raises OSError: as the storage fails; the draft is then only good for ``discard``.
+        """
+        self.write(image.name, [image.content])
 
     @abstractmethod
     def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:

@@ -20,11 +20,12 @@ from typing import Final
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock, SystemClock
-from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_file
+from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_file, write_image
 from supervise_core.errors import CheckpointDamagedError, CheckpointError
 from supervise_core.host import Host
 from supervise_core.lease import Lease, is_lost
 from supervise_core.manifest import MANIFEST, Manifest, check_file_name
+from supervise_core.snapshot import FileImage
 
 _log = logging.getLogger(__name__)
 
@@ -93,9 +94,9 @@ class DirectoryStore(CheckpointStore):
         return _DirectoryDraft(self, checkpoint, draft)
 
     def remove(self, checkpoint: CheckpointId) -> None:
-        trash = self._lease.directory / f"trash-{self.name_of(checkpoint)}"
-        self._change(self._disk.make_directory, trash)
-        self._take_out(checkpoint, trash)
+        name = self.name_of(checkpoint)
+        trash = self._lease.directory / f"trash-{name}"
+        self._change(self._disk.rename, self.path / name, trash)
         self._disk.sync_directory(self.path)
         remove_tree(self._disk, trash)
 
@@ -251,6 +252,15 @@ class DirectoryStore(CheckpointStore):
                 raise self._lease.lost() from error
             raise
 
+    def write_image(self, draft: Path, image: FileImage) -> None:
+        """Write one durable file of a draft past the page cache; for the draft alone."""
+        try:
+            write_image(self._disk, draft / image.name, image.blocks, image.content.nbytes)
+        except FileNotFoundError as error:
+            if not self._disk.is_directory(self._lease.directory):
+                raise self._lease.lost() from error
+            raise
+
     def discard(self, draft: Path) -> None:
         """Remove a draft; for the draft alone."""
         remove_tree(self._disk, draft)
@@ -264,6 +274,10 @@ class _DirectoryDraft(Draft):
 
     def write(self, file: str, chunks: Iterable[Chunk]) -> None:
         self._store.write(self._path, check_file_name(file), chunks)
+
+    def write_image(self, image: FileImage) -> None:
+        check_file_name(image.name)
+        self._store.write_image(self._path, image)
 
     def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:
         self._store.write(self._path, MANIFEST, [manifest.to_bytes()])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from supervise_core.disk import BLOCK
 from supervise_core.errors import IncompatibleCheckpointError, UnsupportedStateError
 from supervise_core.numpy_codec import NumpyCodec
 from supervise_core.safetensors_format import Layout, lay_out
@@ -42,6 +43,8 @@ class FileImage:
     name: str
     content: memoryview
     tensors: tuple[str, ...]
+    blocks: memoryview
+    """The same memory up to the end of its last block, for a direct write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +107,13 @@ class Staging:
             suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
             name = f"{part}{suffix}.safetensors"
             layout = lay_out(shard)
-            image = self._image(name, layout)
+            blocks = self._image(name, layout)
+            image = blocks[: layout.size]
             for spec in shard:
                 at = layout.offsets[spec.name]
                 tag, tensor = flat.tensors[spec.name]
                 pairs[tag].append((tensor, image[at : at + spec.nbytes]))
-            files.append(FileImage(name, image, tuple(spec.name for spec in shard)))
+            files.append(FileImage(name, image, tuple(spec.name for spec in shard), blocks))
         for tag, tensors in pairs.items():
             waiting = flat.codecs[tag].copy_out(tensors)
             if waiting is not None:
@@ -128,9 +132,10 @@ class Staging:
 
     def _image(self, name: str, layout: Layout) -> memoryview:
         memory = self._memory.get(name)
-        if memory is None or len(memory) < layout.size:
-            memory = self._memory[name] = mmap.mmap(-1, layout.size)
-        view = memoryview(memory)[: layout.size]
+        capacity = -(-layout.size // BLOCK) * BLOCK
+        if memory is None or len(memory) < capacity:
+            memory = self._memory[name] = mmap.mmap(-1, capacity)
+        view = memoryview(memory)[:capacity]
         view[: len(layout.header)] = layout.header
         return view
 

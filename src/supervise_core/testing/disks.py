@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
 
-from supervise_core.disk import Disk, OpenDirectory
+from supervise_core.disk import BLOCK, Disk, OpenDirectory
 
 Data = bytes | bytearray | memoryview
 
@@ -64,11 +64,19 @@ class WatchedDisk(Disk):
         self._before("make_directory", path)
         super().make_directory(path)
 
-    def create(self, path: Path) -> int:
+    def create(self, path: Path, *, direct: bool = False) -> int:
         self._before("create", path)
-        descriptor = super().create(path)
+        descriptor = super().create(path, direct=direct)
         self._paths[descriptor] = path
         return descriptor
+
+    def allocate(self, descriptor: int, size: int) -> None:
+        self._before("allocate", self._paths[descriptor])
+        super().allocate(descriptor, size)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        self._before("truncate", self._paths[descriptor])
+        super().truncate(descriptor, size)
 
     def write(self, descriptor: int, data: Data) -> None:
         self._before("write", self._paths[descriptor])
@@ -201,7 +209,8 @@ class FaultyDisk(WatchedDisk):
             super().write(descriptor, data)
         except OSError:
             view = memoryview(data).cast("B")
-            Disk.write(self, descriptor, view[: len(view) // 2])
+            half = len(view) // 2
+            Disk.write(self, descriptor, view[: half // BLOCK * BLOCK if half >= BLOCK else half])
             raise
 
     def _count_down(self, method: str, path: Path) -> None:
@@ -348,8 +357,8 @@ class LossyDisk(CrashingDisk):
         super().make_directory(path)
         self._change((path, _Directory()))
 
-    def create(self, path: Path) -> int:
-        descriptor = super().create(path)
+    def create(self, path: Path, *, direct: bool = False) -> int:
+        descriptor = super().create(path, direct=direct)
         self._open[descriptor] = file = _File()
         self._change((path, file))
         return descriptor
@@ -357,6 +366,10 @@ class LossyDisk(CrashingDisk):
     def write(self, descriptor: int, data: Data) -> None:
         super().write(descriptor, data)
         self._open[descriptor].content += memoryview(data).cast("B")
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        super().truncate(descriptor, size)
+        del self._open[descriptor].content[size:]
 
     def sync(self, descriptor: int) -> None:
         path = self._paths[descriptor]
