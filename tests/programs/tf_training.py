@@ -67,6 +67,7 @@ def main() -> None:
             inputs = tf.cast(tf.tile(v1.train.batch([numbers.dequeue()], 1)[:, None], (1, 4)), tf.float32)
         loss, train = build(options.kind, options.optimizer, inputs)
         never = tf.queue.FIFOQueue(1, [tf.float32]).dequeue() if options.blocked else None
+        final = ""
         sv = Supervisor(logdir=options.logdir, save_model_secs=options.save_secs, summary_op=None)
         with sv.managed_session() as sess:
             step = int(sess.run(sv.global_step))
