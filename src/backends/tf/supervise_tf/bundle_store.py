@@ -2,18 +2,21 @@
 
 ``<logdir>/model.ckpt-120.{index,data-00000-of-00001,meta}`` are TensorFlow's own, and ``.manifest.json`` holds their
 hashes and what else the run keeps. A checkpoint is there once its ``.index`` is. Commit: all files are written and
-fsynced in a draft; the manifest, the data and the meta graph are renamed into the log directory, which is fsynced; then
-the index is, and it is fsynced again; then the state file ``checkpoint`` is written anew, as a courtesy. Removal begins
-with the index. So a manifest without an index is a commit, or a removal, that was not completed.
+fsynced in a draft; the manifest is renamed into the log directory, then the data and the meta graph, then the index,
+with an fsync of the directory after each; then the state file ``checkpoint`` is written anew, as a courtesy. Removal
+begins with the index and ends with the manifest. So a manifest without an index is a commit, or a removal, that was not
+completed, and nothing is left over without a manifest.
 
 Checkpoints without a manifest are TensorFlow's own; they are read against the checksums in the bundle.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -108,6 +111,8 @@ class BundleStore(DirectoryStore, DraftStore):
     def commit_bundle(self, draft: BundleDraft, manifest: Manifest, replaces: CheckpointId | None) -> CheckpointId:
         """See ``DraftStore``."""
         self._disk.sync_directory(draft.directory)
+        if draft.checkpoint in self.checkpoints():
+            raise FileExistsError(errno.EEXIST, "this checkpoint is there already", str(self.path / draft.name))
         if replaces is not None and self._holds(replaces, manifest):
             target = self.path / f"{self.name_of(replaces)}.{MANIFEST}"
             self._change(self._disk.rename, draft.directory / f"{draft.name}.{MANIFEST}", target)
@@ -115,17 +120,20 @@ class BundleStore(DirectoryStore, DraftStore):
             remove_tree(self._disk, draft.directory)
             return replaces
         endings = endings_of(draft.name, self._disk.names(draft.directory))
-        for ending in [MANIFEST, *(ending for ending in endings if ending not in (MANIFEST, INDEX))]:
-            self._move(draft.directory, draft.name, ending)
-        self._disk.sync_directory(self.path)
-        self._move(draft.directory, draft.name, INDEX)
-        self._disk.sync_directory(self.path)
+        for group in reversed(_in_order(endings)):
+            for ending in group:
+                self._move(draft.directory, draft.name, ending)
+            self._disk.sync_directory(self.path)
         remove_tree(self._disk, draft.directory)
         self._tell()
         return draft.checkpoint
 
     def remove(self, checkpoint: CheckpointId) -> None:
-        super().remove(checkpoint)
+        trash = self._lease.directory / f"trash-{self.name_of(checkpoint)}"
+        self._change(self._disk.make_directory, trash)
+        self._take_out(checkpoint, trash)
+        self._disk.sync_directory(self.path)
+        remove_tree(self._disk, trash)
         self._tell()
 
     def set_aside(self, checkpoint: CheckpointId, reason: str) -> None:
@@ -151,9 +159,17 @@ class BundleStore(DirectoryStore, DraftStore):
 
     def _take_out(self, checkpoint: CheckpointId, into: Path) -> None:
         name = self.name_of(checkpoint)
-        for ending in endings_of(name, self._disk.names(self.path)):
-            self._change(self._disk.rename, self.path / f"{name}.{ending}", into / f"{name}.{ending}")
-            if ending == INDEX:
+        if not {INDEX, MANIFEST} & {*endings_of(name, self._disk.names(self.path))}:
+            raise FileNotFoundError(errno.ENOENT, "there is no such checkpoint", str(self.path / name))
+        self._move_out(name, into)
+
+    def _move_out(self, name: str, into: Path) -> None:
+        """The index first, and the manifest last, each step when the one before it is durable."""
+        endings = endings_of(name, self._disk.names(self.path))
+        for group in _in_order(endings):
+            for ending in group:
+                self._change(self._disk.rename, self.path / f"{name}.{ending}", into / f"{name}.{ending}")
+            if MANIFEST not in group:
                 self._disk.sync_directory(self.path)
 
     def _holds(self, checkpoint: CheckpointId, manifest: Manifest) -> bool:
@@ -164,21 +180,32 @@ class BundleStore(DirectoryStore, DraftStore):
             return False
 
     def _sweep(self) -> None:
+        for leftover in self._lease.leftovers():
+            for name in self._disk.names(leftover):
+                self._complete(leftover / name)
         super()._sweep()
         for name in self._disk.names(self.path):
             if (match := self._orphan.fullmatch(name)) and not (self.path / f"{match[1]}.{INDEX}").exists():
                 self._sweep_orphan(match[1])
+        if not self._is_told():
+            self._tell()
+
+    def _complete(self, parcel: Path) -> None:
+        """Move into a parcel, or into the trash, what its writer did not come to move after the index."""
+        there = self._disk.names(parcel) if self._disk.is_directory(parcel) else []
+        for name in (file.removesuffix(f".{INDEX}") for file in there if self._index.fullmatch(file)):
+            endings = endings_of(name, self._disk.names(self.path))
+            if parcel.name.endswith(f"-{name}") and endings and INDEX not in endings:
+                self._move_out(name, parcel)
 
     def _sweep_orphan(self, name: str) -> None:
         """Files of a checkpoint without an index: of a commit that was not completed, or somebody removed the index."""
-        try:
-            was_newest = self._state.newest() == name
-        except ValueError:
-            was_newest = False
-        if not was_newest:
+        if not self._state.says(name):
             _log.info("swept %s in %s, which was not completed", name, self.path)
-            for ending in endings_of(name, self._disk.names(self.path)):
-                self._disk.remove_file(self.path / f"{name}.{ending}")
+            for group in _in_order(endings_of(name, self._disk.names(self.path))):
+                for ending in group:
+                    self._disk.remove_file(self.path / f"{name}.{ending}")
+                self._disk.sync_directory(self.path)
             return
         _log.warning("%s in %s is damaged and set aside: its index is missing", name, self.path)
         step, _, revision = name.removeprefix(f"{self.basename}-").partition(".")
@@ -191,15 +218,35 @@ class BundleStore(DirectoryStore, DraftStore):
             if not names:
                 self._state.remove()
                 return
-            newest = names[-1]
-            if self._unnumbered and newest != self.basename:
-                self._link_bare(newest)
-                newest = self.basename
+            if self._unnumbered and names[-1] != self.basename:
+                self._link_bare(names[-1])
+            newest = self.basename if self._unnumbered else names[-1]
             self._state.write(names, newest, self._lease.directory)
         except OSError as error:
             _log.error(
                 "the state file of %s could not be written; TensorFlow's tools see an old one: %s", self.path, error
             )
+
+    def _is_told(self) -> bool:
+        """Whether the state file can stay as it is: it is right, or somebody else wrote it and means something by it.
+
+        One of somebody else's that names the newest is made ours, or it would seem to be a wish when there is a newer.
+        """
+        there = self.checkpoints()
+        newest = self.name_of(there[-1]) if there else None
+        if self._state.exists() and not self._state.is_ours():
+            return newest is None or not self._state.says(newest)
+        if newest is None or not self._unnumbered:
+            return self._state.says(newest)
+        return self._state.says(self.basename) and self._is_copy(newest)
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether what is there under the bare basename is this checkpoint, by the checksums in the indexes."""
+        contents = []
+        for prefix in (name, self.basename):
+            with closing(self._disk.open_directory(self.path, lambda file, p=prefix: file == f"{p}.{INDEX}")) as held:
+                contents.append([bytes(held.read(file)) for file in held.files])
+        return contents[0] == contents[1]
 
     def _link_bare(self, name: str) -> None:
         """Have the files of a checkpoint under the bare basename, too."""
@@ -208,4 +255,9 @@ class BundleStore(DirectoryStore, DraftStore):
             scratch = self._lease.directory / f"bare.{ending}"
             self._disk.link(self.path / f"{name}.{ending}", scratch)
             self._disk.rename(scratch, self.path / f"{self.basename}.{ending}")
-        self._disk.sync_directory(self.path)
+
+
+def _in_order(endings: Sequence[str]) -> list[list[str]]:
+    """The endings of a checkpoint's files in the order in which they are taken away; they come in the reverse one."""
+    content = [ending for ending in endings if ending not in (INDEX, MANIFEST)]
+    return [[ending for ending in endings if ending == INDEX], content, [MANIFEST] if MANIFEST in endings else []]

@@ -46,6 +46,17 @@ class StateFile:
             raise ValueError(f"{self._path} is no checkpoint state: {error}") from error
         return os.path.basename(state.model_checkpoint_path) or None
 
+    def exists(self) -> bool:
+        """Whether there is one."""
+        return os.path.lexists(self._path)
+
+    def says(self, name: str | None) -> bool:
+        """Whether it can be understood, and calls this one the newest; None: whether it names none."""
+        try:
+            return self.newest() == name
+        except ValueError:
+            return False
+
     def is_ours(self) -> bool:
         """Whether it is as we wrote it, and so says nothing that the listing does not."""
         content = self._content()
@@ -66,6 +77,7 @@ class StateFile:
         """Remove it: there is nothing left that it could name."""
         if os.path.lexists(self._path):
             self._disk.remove_file(self._path)
+            self._disk.sync_directory(self._path.parent)
 
     def _replace(self, path: Path, content: bytes, scratch: Path) -> None:
         write_file(self._disk, scratch, [content])
