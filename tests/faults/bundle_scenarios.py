@@ -342,4 +342,11 @@ SCENARIOS = (
         (State(_c(1, 2)), State(_c(1, 2, 3))),
         unnumbered=True,
     ),
+    Scenario(
+        "retire without numbers",
+        _steps(2),
+        lambda store: store.retire(CheckpointId(2)),
+        (State(_c(2)), State((), (), _c(2))),
+        unnumbered=True,
+    ),
 )

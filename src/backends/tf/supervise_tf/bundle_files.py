@@ -79,7 +79,10 @@ class BundleReader(CheckpointReader):
     """The files of one checkpoint, held open, by their endings."""
 
     def __init__(self, logdir: Path, name: str, step: int, disk: Disk) -> None:
-        """:raises FileNotFoundError: if there is no such checkpoint."""
+        """
+        :raises FileNotFoundError: if there is no such checkpoint.
+        :raises CheckpointDamagedError: if what bears the name of its index is no regular file.
+        """
         self.name = name
         self.prefix = logdir / name
         self._step = step
@@ -87,6 +90,8 @@ class BundleReader(CheckpointReader):
         self._directory: OpenDirectory = disk.open_directory(logdir, lambda file: bool(endings_of(name, [file])))
         if f"{name}.{INDEX}" not in self._directory.files:
             self._directory.close()
+            if os.path.lexists(f"{self.prefix}.{INDEX}"):
+                raise CheckpointDamagedError(name, "its index is not a file of its own")
             raise FileNotFoundError(f"there is no checkpoint {self.prefix}")
 
     def size(self, file: str) -> int | None:

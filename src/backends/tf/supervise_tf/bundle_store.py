@@ -141,6 +141,8 @@ class BundleStore(DirectoryStore, DraftStore):
         self._tell()
 
     def retire(self, checkpoint: CheckpointId) -> None:
+        if self._unnumbered and checkpoint != _UNNUMBERED and self._is_copy(self.name_of(checkpoint)):
+            self._remove_bare()
         super().retire(checkpoint)
         self._tell()
 
@@ -193,7 +195,7 @@ class BundleStore(DirectoryStore, DraftStore):
     def _complete(self, parcel: Path) -> None:
         """Move into a parcel, or into the trash, what its writer did not come to move after the index."""
         there = self._disk.names(parcel) if self._disk.is_directory(parcel) else []
-        for name in (file.removesuffix(f".{INDEX}") for file in there if self._index.fullmatch(file)):
+        for name in (file.removesuffix(f".{INDEX}") for file in there if file.endswith(f".{INDEX}")):
             endings = endings_of(name, self._disk.names(self.path))
             if parcel.name.endswith(f"-{name}") and endings and INDEX not in endings:
                 self._move_out(name, parcel)
@@ -242,11 +244,17 @@ class BundleStore(DirectoryStore, DraftStore):
 
     def _is_copy(self, name: str) -> bool:
         """Whether what is there under the bare basename is this checkpoint, by the checksums in the indexes."""
-        contents = []
-        for prefix in (name, self.basename):
-            with closing(self._disk.open_directory(self.path, lambda file, p=prefix: file == f"{p}.{INDEX}")) as held:
-                contents.append([bytes(held.read(file)) for file in held.files])
-        return contents[0] == contents[1]
+        indexes = (f"{name}.{INDEX}", f"{self.basename}.{INDEX}")
+        with closing(self._disk.open_directory(self.path, lambda file: file in indexes)) as held:
+            contents = [self._disk.read(held, file) for file in indexes if file in held.files]
+        return len(contents) == len(indexes) and contents[0] == contents[1]
+
+    def _remove_bare(self) -> None:
+        """What is retired must not be gone on from by its other name."""
+        trash = self._lease.directory / f"trash-{self.basename}"
+        self._change(self._disk.make_directory, trash)
+        self._move_out(self.basename, trash)
+        remove_tree(self._disk, trash)
 
     def _link_bare(self, name: str) -> None:
         """Have the files of a checkpoint under the bare basename, too."""
