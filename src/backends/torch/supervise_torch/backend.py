@@ -15,7 +15,7 @@ from supervise_core.process_random import RandomState
 from supervise_core.readiness import NotReady, Readiness, Ready
 from supervise_core.snapshot import Parts, Snapshot, Staging, check_part_name
 from supervise_core.tensors import TensorCodec
-from supervise_torch.codec import TorchCodec
+from supervise_torch.codec import TorchCodec, ViewingCodec
 from supervise_torch.compatibility import check_module, check_optimizer, check_parts
 from supervise_torch.loader import LoaderSource
 from supervise_torch.random_state import seed_everything, set_torch_random_state, torch_random_state
@@ -166,7 +166,11 @@ class TorchBackend(Backend[TorchSession]):
 
     def load(self, session: TorchSession, parts: Parts) -> None:
         check_parts([*self._parts, _OWN_PART], parts)
-        saved = {name: part.tree(self.codec) for name, part in parts.items()}
+        viewing = ViewingCodec()  # a module copies what it is given; whatever else may keep it
+        saved = {
+            name: part.tree(viewing if isinstance(self._parts.get(name), torch.nn.Module) else self.codec)
+            for name, part in parts.items()
+        }
         for name, part in self._parts.items():
             if isinstance(part, torch.nn.Module):
                 check_module(name, part, saved[name])

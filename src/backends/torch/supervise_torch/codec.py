@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
 
@@ -66,16 +67,26 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         return wait_for_all
 
     def read(self, stored: TensorData) -> torch.Tensor:
+        source = self._view(stored)
+        result = _empty(tuple(source.shape), source.dtype, stored.extra.get("strides"))
+        if source.numel():
+            _copyable(result).copy_(_copyable(source))
+        return result
+
+    def _view(self, stored: TensorData) -> torch.Tensor:
+        """The elements in row-major order, where they lie; copied only from where PyTorch must not work on them."""
         dtype, shape = self.dtype_and_shape(stored)
         if any(not isinstance(side, int) or side < 0 for side in shape):
             raise ValueError(f"{shape!r} is not the shape of a tensor")
-        result = _empty(shape, dtype, stored.extra.get("strides"))
-        if result.numel() * result.element_size() != stored.spec.nbytes:
+        if math.prod(shape) * dtype.itemsize != stored.spec.nbytes:
             raise ValueError(f"{stored.spec.nbytes} bytes are not a tensor of dtype {dtype} and shape {shape}")
-        if result.numel():
-            source = torch.frombuffer(bytearray(stored.data), dtype=torch.uint8).view(dtype).reshape(shape)
-            _copyable(result).copy_(_copyable(source))
-        return result
+        if not stored.spec.nbytes:
+            return torch.empty(shape, dtype=dtype)
+        data = bytearray(stored.data) if stored.data.readonly else stored.data
+        plain = torch.frombuffer(data, dtype=torch.uint8)
+        if plain.data_ptr() % dtype.itemsize:
+            plain = plain.clone()
+        return plain.view(dtype).reshape(shape)
 
     def dtype_and_shape(self, stored: TensorData) -> tuple[torch.dtype, tuple[int, ...]]:
         """What the tensor was when it was saved."""
@@ -147,6 +158,13 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         free = self._free.get(nbytes)
         buffer = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+
+class ViewingCodec(TorchCodec):
+    """Gives tensors that lie in what was read, for those who copy them at once and keep none."""
+
+    def read(self, stored: TensorData) -> torch.Tensor:
+        return super().read(stored) if "strides" in stored.extra else self._view(stored)
 
 
 def _check_dense(value: torch.Tensor) -> None:
