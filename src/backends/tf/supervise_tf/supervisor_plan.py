@@ -144,7 +144,7 @@ def verify_devices(graph: Any) -> None:
         if operation.type in ("Variable", "VariableV2", "VarHandleOp") and not operation.device:
             raise ValueError(
                 f"the variable {operation.name!r} has no device, so every process would have its own; "
-                "build the model with tf.device(tf.compat.v1.train.replica_device_setter(...))"
+                "build the model with tf.compat.v1.device(tf.compat.v1.train.replica_device_setter(...))"
             )
 
 
