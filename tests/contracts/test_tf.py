@@ -51,3 +51,44 @@ class TestEagerBackend(BackendContract):
     def program_that_is_not_ready(self) -> Program:
         model = tf.keras.Sequential([tf.keras.layers.Dense(3)])
         return Program(EagerBackend(model=model), lambda session: None, dict)
+
+
+class TestEagerBackendWithTrackables(BackendContract):
+    """State that only a checkpoint of TensorFlow holds, which goes through a scratch directory."""
+
+    def program(self) -> Program:
+        tf.keras.utils.set_random_seed(0)
+        table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.float32, [0.0, 0.0])
+        words = tf.lookup.experimental.MutableHashTable(tf.string, tf.int64, -1)
+        elements = iter(tf.data.Dataset.range(50).shuffle(20, seed=1).batch(2).repeat())
+        module = tf.Module()
+        module.matrix = tf.Variable(tf.reshape(tf.range(6.0), (2, 3)))
+        module.nothing = tf.Variable(tf.zeros((0, 3)))
+        module.count = tf.Variable(0, dtype=tf.int64)
+        module.names = tf.Variable(["", "none"])
+        module.table, module.elements = table, elements
+        generators = [tf.random.Generator.from_seed(3), tf.keras.random.SeedGenerator(4)]
+
+        def train(session: EagerSession) -> None:
+            element = next(elements)
+            drawn = generators[0].normal((2, 3)) + tf.keras.random.normal((2, 3), seed=generators[1])
+            module.matrix.assign_add(drawn + np.float32(np.random.normal() + random.random()))
+            module.count.assign(module.count * 7 + tf.reduce_sum(element * [1, 3]))
+            module.names.assign(tf.strings.as_string(element))
+            table.insert(element, module.matrix[:, :2])
+            words.insert(module.names.value(), element)
+
+        def raw() -> dict[str, Any]:
+            variables = [module.matrix, module.nothing, module.count, *(generator.state for generator in generators)]
+            keys, rows = (exported.numpy() for exported in table.export())
+            texts = [module.names.numpy().tolist(), *sorted(words.export()[0].numpy().tolist())]
+            return {
+                **{str(number): variable.numpy() for number, variable in enumerate(variables)},
+                "keys": np.sort(keys),
+                "rows": rows[np.argsort(keys)],
+                "texts": repr(texts),
+                "numbers": np.sort(words.export()[1].numpy()),
+            }
+
+        parts = {"model": module, "rest": {"words": words, "generators": generators}}
+        return Program(EagerBackend(**parts), train, raw)

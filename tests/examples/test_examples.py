@@ -19,6 +19,7 @@ SHORT = {
     "04_own_service.py": ["--steps", "60"],
     "06_tf1_supervisor.py": ["--steps", "60"],
     "07_tf_graph_backend.py": ["--epochs", "1"],
+    "08_keras_custom_loop.py": ["--epochs", "1"],
 }
 LONGER = {
     "01_minimal.py": ["--epochs", "4"],
@@ -27,6 +28,7 @@ LONGER = {
     "04_own_service.py": ["--steps", "90"],
     "06_tf1_supervisor.py": ["--steps", "90"],
     "07_tf_graph_backend.py": ["--epochs", "2"],
+    "08_keras_custom_loop.py": ["--epochs", "2"],
 }
 NEEDS = {
     "01_minimal.py": "sklearn",
@@ -34,6 +36,7 @@ NEEDS = {
     "03_char_transformer.py": "torch",
     "06_tf1_supervisor.py": "tensorflow",
     "07_tf_graph_backend.py": "tensorflow",
+    "08_keras_custom_loop.py": "tensorflow",
 }
 
 
@@ -75,18 +78,24 @@ def test_it_runs_and_goes_on_from_its_end(name: str, tmp_path: Path) -> None:
     assert step_of(last(resumed)) > step_of(last(fresh))
 
 
-def test_the_first_one_ends_with_the_same_weights_when_killed_half_way(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    whole = run("01_minimal.py", tmp_path / "whole", "--epochs", "12")
+@pytest.mark.parametrize(
+    ("name", "needs", "epochs", "killed_after"),
+    [("01_minimal.py", "sklearn", 12, 5), ("08_keras_custom_loop.py", "tensorflow", 6, 1)],
+)
+def test_it_ends_with_the_same_weights_when_killed_half_way(
+    name: str, needs: str, epochs: int, killed_after: int, tmp_path: Path
+) -> None:
+    pytest.importorskip(needs)
+    whole = run(name, tmp_path / "whole", "--epochs", str(epochs))
     with subprocess.Popen(
-        command("01_minimal.py", tmp_path / "killed", "--epochs", "12"), stdout=subprocess.PIPE, text=True
+        command(name, tmp_path / "killed", "--epochs", str(epochs)), stdout=subprocess.PIPE, text=True
     ) as program:
         assert program.stdout is not None
         for line in program.stdout:
-            if line.startswith("epoch 5:"):
+            if line.startswith(f"epoch {killed_after}:"):
                 program.send_signal(signal.SIGKILL)
                 break
     assert program.returncode == -signal.SIGKILL
-    resumed = run("01_minimal.py", tmp_path / "killed", "--epochs", "12")
+    resumed = run(name, tmp_path / "killed", "--epochs", str(epochs))
     assert 0 < step_of(resumed[0]) < step_of(last(whole))
     assert last(resumed) == last(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -13,6 +14,10 @@ _INPUT_OPS: Final = (
     "QueueDequeueUpToV2", "ReaderRead", "ReaderReadV2", "ReaderReadUpTo", "ReaderReadUpToV2", "OptionalGetValue",
 )  # fmt: skip
 _FROM_CLOSED_QUEUES: Final = ("QueueEnqueue", "QueueEnqueueV2", "QueueEnqueueMany", "QueueEnqueueManyV2")
+
+_EAGER_OP: Final = re.compile(r"\[Op:([^\]]+)\]")
+_WORDS_AT_THE_END: Final = ("End of sequence", "is closed and has insufficient elements")
+"""What iterators and queues say inside a ``tf.function``, where the op that is told is the function."""
 
 _DRAWING_OPS: Final = frozenset({
     "RandomUniform", "RandomUniformInt", "RandomStandardNormal", "ParameterizedTruncatedNormal", "TruncatedNormal",
@@ -35,7 +40,17 @@ def is_end_of_input(error: BaseException) -> bool:
     if not isinstance(error, tf.errors.OutOfRangeError):
         return False
     op = getattr(error, "op", None)
-    return op is None or op.type in _INPUT_OPS or op.type in _FROM_CLOSED_QUEUES
+    if op is not None:
+        return op.type in _INPUT_OPS or op.type in _FROM_CLOSED_QUEUES
+    return _says_end_of_input(str(error))
+
+
+def _says_end_of_input(said: str) -> bool:
+    """The same of an eager error, which only tells in words which op it comes from, and of the program's own error."""
+    op = _EAGER_OP.search(said)
+    if op is None and "{{node " not in said:
+        return True
+    return (op is not None and op[1] in _INPUT_OPS) or any(words in said for words in _WORDS_AT_THE_END)
 
 
 def is_end_of_session(error: BaseException) -> bool:
