@@ -160,6 +160,7 @@ class GraphBackend(Backend[Any]):
     def load(self, session: Any, parts: Parts) -> None:
         wanted = {_OWN_PART} if self._saved is None else {VARIABLES, _OWN_PART}
         variables = parts.get(VARIABLES)
+        run_saved_model_initialisers(session, self.operations.graph)
         if isinstance(variables, BundlePart):
             with self.operations.graph.as_default():  # outside of the graph TensorFlow would restore eagerly
                 self.operations.saver.restore(session, str(variables.prefix))
@@ -173,7 +174,6 @@ class GraphBackend(Backend[Any]):
             self._saved.put_back(session, saved)
         if _OWN_PART in parts:
             self.set_random_state(session, parts[_OWN_PART].tree()["random"])
-        session.run(self.operations.graph.get_collection("saved_model_initializers"))
 
     def _step_in(self, values: Mapping[Key, NDArray[Any]], step: int | None) -> int | None:
         """The step among the values fetched, which were all read in one run; or else the one read before them."""
@@ -190,6 +190,11 @@ class GraphBackend(Backend[Any]):
                 _listed(names),
             )
         self._warned = True
+
+
+def run_saved_model_initialisers(session: Any, graph: Any) -> None:
+    """Initialise what was loaded from SavedModels, before a restore: what the checkpoint holds counts more."""
+    session.run(graph.get_collection("saved_model_initializers"))
 
 
 def meta_graph_of(operations: GraphOperations) -> bytes:

@@ -11,11 +11,11 @@ import tensorflow as tf
 
 import supervise_core
 from supervise_core.coordinator import StopSignal
-from supervise_core.errors import ReadinessTimeoutError
+from supervise_core.errors import NotReadyError, ReadinessTimeoutError
 from supervise_core.operations import Operations
 from supervise_core.session_manager import Recovery, Resume
 from supervise_tf.bundle_store import BundleStore
-from supervise_tf.graph import GraphBackend
+from supervise_tf.graph import GraphBackend, run_saved_model_initialisers
 from supervise_tf.graph_operations import GraphOperations
 
 _POLL_AT_MOST: Final = 1.0
@@ -26,6 +26,9 @@ class SessionDeadlineError(ReadinessTimeoutError, tf.errors.DeadlineExceededErro
 
     def __init__(self, message: str) -> None:
         tf.errors.DeadlineExceededError.__init__(self, None, None, message)
+
+    def __str__(self) -> str:
+        return str(self.message)  # the other base would look for an errno
 
 
 class SessionManager:
@@ -87,7 +90,8 @@ class SessionManager:
         :raises SessionDeadlineError: if a checkpoint is waited for and none came in time.
         """
         manager = self._manager(saver, checkpoint_dir, checkpoint_filename_with_path, init_op, init_feed_dict, init_fn)
-        with self._noting(manager):
+        given = {"init_op": init_op, "init_fn": init_fn, "local_init_op": self._operations.local_init_op}
+        with self._noting(manager, given):
             return manager.prepare_session(
                 master, config, wait_for_checkpoint=wait_for_checkpoint, max_wait_secs=_limit(max_wait_secs),
                 stop=self.stop_signal,
@@ -144,18 +148,45 @@ class SessionManager:
         )
         if saver is not None and checkpoint_file:
             return _OneFile(backend, operations, saver, checkpoint_file)
-        store = self.store_of(os.fspath(checkpoint_dir)) if saver is not None and checkpoint_dir else None
-        return supervise_core.SessionManager(backend, operations, store, longest_poll=self._longest_poll)
+        if saver is None or not checkpoint_dir:
+            return supervise_core.SessionManager(backend, operations, longest_poll=self._longest_poll)
+        store = self.store_of(os.fspath(checkpoint_dir))
+        return _OneDirectory(backend, operations, store, saver, longest_poll=self._longest_poll)
 
     @contextmanager
-    def _noting(self, manager: supervise_core.SessionManager[Any]) -> Generator[None, None, None]:
-        """Keep what the manager did, and give an error of time its name in TensorFlow."""
+    def _noting(
+        self, manager: supervise_core.SessionManager[Any], given: Mapping[str, Any] | None = None
+    ) -> Generator[None, None, None]:
+        """Keep what the manager did, give an error of time its name in TensorFlow, and say by what was initialised."""
         try:
             yield
         except ReadinessTimeoutError as error:
             raise SessionDeadlineError(str(error)) from error
+        except NotReadyError as error:
+            if given is None:
+                raise
+            listed = ", ".join(f"{name} {_name_of(value)}" for name, value in given.items())
+            raise NotReadyError(f"{error} Given were {listed}.") from error
         finally:
             self.recovery = manager.recovery
+
+
+class _OneDirectory(supervise_core.SessionManager[Any]):
+    """Restores from a directory, and tells the Saver what is there, so that it goes on removing the oldest."""
+
+    def __init__(
+        self, backend: GraphBackend, operations: Operations[Any], store: BundleStore, saver: Any, longest_poll: float
+    ) -> None:
+        super().__init__(backend, operations, store, longest_poll=longest_poll)
+        self._bundles = store
+        self._saver = saver
+
+    def _recover(self, session: Any, resume: Resume) -> bool:
+        restored = super()._recover(session, resume)
+        if restored:
+            there = [str(self._bundles.path / self._bundles.name_of(known)) for known in self._bundles.checkpoints()]
+            self._saver.recover_last_checkpoints(there)
+        return restored
 
 
 class _OneFile(supervise_core.SessionManager[Any]):
@@ -163,10 +194,12 @@ class _OneFile(supervise_core.SessionManager[Any]):
 
     def __init__(self, backend: GraphBackend, operations: Operations[Any], saver: Any, file: str) -> None:
         super().__init__(backend, operations)
+        self._graph = backend.operations.graph
         self._saver = saver
         self._file = file
 
     def _recover(self, session: Any, resume: Resume) -> bool:
+        run_saved_model_initialisers(session, self._graph)
         with session.graph.as_default():  # outside of the graph TensorFlow would restore eagerly
             self._saver.restore(session, self._file)
         self.recovery.restored = self._file
@@ -175,3 +208,8 @@ class _OneFile(supervise_core.SessionManager[Any]):
 
 def _limit(max_wait_secs: float | None) -> float:
     return float("inf") if max_wait_secs is None else max_wait_secs
+
+
+def _name_of(given: Any) -> str:
+    """The name of an op or a function, as it is best found again."""
+    return str(getattr(given, "name", None) or getattr(given, "__qualname__", None) or given)
