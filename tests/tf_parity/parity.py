@@ -16,12 +16,13 @@ and its tests ask ``observed("programs_x.py", "v1", "what_it_shows")`` for the p
 scenarios of a file in one mode, each with TensorFlow's classes and then with ours, so TensorFlow is imported once for
 each mode. Where both may not share a process, ``scenario(alone=True)`` gives each of the two runs one of its own.
 
-Programs that need no graph (coordinators, threads) take ``THEIRS`` and ``OURS`` and stay in the process of the tests.
+Programs that need no graph (coordinators, threads) take ``theirs()`` and ``ours()`` in the process of the tests.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import functools
 import json
 import os
@@ -38,6 +39,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 MODES: Final = ("v1", "v2", "noeager")
 """``disable_v2_behavior()``, what ``import tensorflow`` gives, and ``disable_eager_execution()`` alone."""
+
+SHARED: Path | None = None
+"""Where the workers of one test run share what they saw; conftest.py sets it."""
 
 _LIMIT: Final = 200.0
 """Seconds for all scenarios of one file in one mode; a machine that is busy needs 30."""
@@ -131,7 +135,22 @@ def _seen(found: dict[str, Any], key: str) -> Any:
 
 @functools.cache
 def _run(program: str, mode: str, only: str) -> dict[str, Any]:
-    """What a process said, by scenario; and under the empty name how it ended, and what it had to complain of."""
+    """What a process said, by scenario; and under the empty name how it ended, and what it had to complain of.
+
+    Of several workers of one test run the first one starts it, and the others wait for what it saw.
+    """
+    if SHARED is None:
+        return _started(program, mode, only)
+    kept = SHARED / f"parity {program} {mode} {only}".replace(" ", "-")
+    with kept.with_name(f"{kept.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_text(json.dumps(_started(program, mode, only)))
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
+
+
+def _started(program: str, mode: str, only: str) -> dict[str, Any]:
     command = [sys.executable, str(_HERE / program), mode, only]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(_HERE), "CUDA_VISIBLE_DEVICES": "-1"}
     with tempfile.TemporaryFile("w+") as errors:
