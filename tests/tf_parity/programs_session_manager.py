@@ -513,14 +513,15 @@ def ready_soon_after_a_poll(classes: Classes, directory: Path) -> Any:
 
         def initialise() -> None:
             looked.wait(60)
-            chief.run(init)
             became.append(time.monotonic())
+            chief.run(init)
 
         later = threading.Thread(target=initialise)
         later.start()
-        manager.wait_for_session(target, max_wait_secs=60).close()
+        session = manager.wait_for_session(target, max_wait_secs=60)
         took = time.monotonic() - became[0]
         later.join()
+        session.close()
     return took
 
 

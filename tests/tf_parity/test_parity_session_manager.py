@@ -1,4 +1,4 @@
-"""SessionManager beside TensorFlow's own, item by item and in every mode (README.md lists the items and their tests)."""
+"""SessionManager beside TensorFlow's own, item by item and in every mode (README.md lists them)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
-from parity import MODES, Pair, is_kind, observed  # noqa: E402
+from parity import MODES, Pair, is_kind, observed
 
 OPEN = {"made": 1, "closed": 0}
 CLOSED = {"made": 1, "closed": 1}
@@ -106,7 +106,7 @@ def test_3_07_a_checkpoint_that_is_waited_for(mode: str) -> None:
 def test_3_07_a_wait_ends_when_its_time_is_over(mode: str) -> None:
     pair = seen(mode, "a_wait_that_runs_out")
     assert pair.theirs["took"] >= 1.0  # the limit is 0.2, and one poll takes 1.0
-    assert 0.2 <= pair.ours["took"]
+    assert pair.ours["took"] >= 0.2
     assert "waited 0.2 s" in pair.ours["prepared"]["message"]
 
 
@@ -156,12 +156,13 @@ def test_3_10_a_copied_directory_is_one_of_its_own(mode: str) -> None:
 
 def test_3_11_a_checkpoint_of_another_model(mode: str) -> None:
     pair = seen(mode, "another_model")
-    for theirs, ours, error in zip(
-        pair.theirs[:2], pair.ours[:2], ("NotFoundError", "InvalidArgumentError"), strict=True
-    ):
-        assert is_kind(theirs, error)
-        assert fails_with(ours, error, "checkpoint")
-        assert (theirs["sessions"], ours["sessions"]) == (OPEN, CLOSED)
+    missing, other_shape = zip(pair.theirs[:2], pair.ours[:2], strict=True)
+    if mode == "v1":  # resource variables take another shape without a word
+        assert all(is_kind(found, "InvalidArgumentError") for found in other_shape)
+    else:
+        assert other_shape == ({"value": True, "sessions": OPEN},) * 2
+    assert all(fails_with(found, "NotFoundError", "checkpoint") for found in missing)
+    assert [found["sessions"] for found in missing] == [OPEN, CLOSED]
     assert pair.ours[2] == pair.theirs[2], "a good checkpoint stays where it is"
 
 
@@ -225,7 +226,7 @@ def test_3_16_recover_session(mode: str) -> None:
 
 
 def test_3_17_waiting_for_the_chief(mode: str) -> None:
-    """One session is asked again and again here, and a new one for each time there; the program gets one that is open."""
+    """One session is asked again and again here, and there a new one each time; the program gets one that is open."""
     pair = seen(mode, "waiting_for_the_chief")
     assert pair.ours["seen"] == pair.theirs["seen"] == [True, [6.0, 4.0], "Session"]
     assert pair.theirs["made while waiting"] > 1
@@ -245,7 +246,7 @@ def test_3_18_a_wait_is_not_given_up_early(mode: str) -> None:
 
 def test_3_19_a_model_that_becomes_ready_is_seen_soon(mode: str) -> None:
     pair = seen(mode, "ready_soon_after_a_poll")
-    assert pair.theirs >= 1.5
+    assert pair.theirs >= 1.2  # a whole poll, from a moment after the look that came too early
     assert pair.ours < pair.theirs
 
 
