@@ -205,7 +205,7 @@ def meta_graph_of(operations: GraphOperations) -> bytes:
             graph_def=operations.graph.as_graph_def(add_shapes=True),
             saver_def=None if saver is None else saver.as_saver_def(),
         )
-    return bytes(meta_graph.SerializeToString())
+    return bytes(meta_graph.SerializeToString(deterministic=True))  # so that a save of the same state is the same
 
 
 def _saved_tensors(operations: GraphOperations) -> SavedTensors | None:
