@@ -49,7 +49,7 @@ class Counting:
                     done = v1.assign(variable, tf.fill(variable.shape, value))
             self.train = done.op if hasattr(done, "op") else done
             saver = v1.train.Saver(max_to_keep=100_000)
-            self.sv = Supervisor(logdir=logdir, save_model_secs=0.02, saver=saver)
+            self.sv = Supervisor(logdir=logdir, save_model_secs=0.05, saver=saver)
 
 
 def contents(logdir: Path) -> dict[str, tuple[bool, set[float]]]:
@@ -83,7 +83,7 @@ def test_tf_state_is_never_torn(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert found[f"model.ckpt-{steps}"] == (True, {float(steps)})
     beside = [name for name, (consistent, _) in found.items() if not consistent]
     assert not beside or warnings_in(caplog, "no step boundary")  # a step that took longer than two intervals
-    assert len(beside) <= count // 2
+    assert len(found) - len(beside) >= 3
     for name, (consistent, numbers) in found.items():
         if consistent:
             assert numbers == {float(name.rpartition("-")[2])}
