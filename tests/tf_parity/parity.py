@@ -152,7 +152,7 @@ def _run(program: str, mode: str, only: str) -> dict[str, Any]:
 
 def _started(program: str, mode: str, only: str) -> dict[str, Any]:
     command = [sys.executable, str(_HERE / program), mode, only]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(_HERE), "CUDA_VISIBLE_DEVICES": "-1"}
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         try:
