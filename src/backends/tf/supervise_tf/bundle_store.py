@@ -110,14 +110,16 @@ class BundleStore(DirectoryStore, DraftStore):
 
     def commit_bundle(self, draft: BundleDraft, manifest: Manifest, replaces: CheckpointId | None) -> CheckpointId:
         """See ``DraftStore``."""
-        self._disk.sync_directory(draft.directory)
         if draft.checkpoint in self.checkpoints():
             raise FileExistsError(errno.EEXIST, "this checkpoint is there already", str(self.path / draft.name))
         if replaces is not None and self._holds(replaces, manifest):
-            target = self.path / f"{self.name_of(replaces)}.{MANIFEST}"
-            self._change(self._disk.rename, draft.directory / f"{draft.name}.{MANIFEST}", target)
-            self._disk.sync_directory(self.path)
+            for ending in (META, MANIFEST):
+                if f"{draft.name}.{ending}" in self._disk.names(draft.directory):
+                    target = self.path / f"{self.name_of(replaces)}.{ending}"
+                    self._change(self._disk.rename, draft.directory / f"{draft.name}.{ending}", target)
+                    self._disk.sync_directory(self.path)
             remove_tree(self._disk, draft.directory)
+            self._tell()
             return replaces
         endings = endings_of(draft.name, self._disk.names(draft.directory))
         for group in reversed(_in_order(endings)):
@@ -132,8 +134,7 @@ class BundleStore(DirectoryStore, DraftStore):
         trash = self._lease.directory / f"trash-{self.name_of(checkpoint)}"
         self._change(self._disk.make_directory, trash)
         self._take_out(checkpoint, trash)
-        self._disk.sync_directory(self.path)
-        remove_tree(self._disk, trash)
+        remove_tree(self._disk, trash)  # if that outlives a power cut and the last rename does not, it is swept
         self._tell()
 
     def set_aside(self, checkpoint: CheckpointId, reason: str) -> None:
@@ -175,9 +176,15 @@ class BundleStore(DirectoryStore, DraftStore):
                 self._disk.sync_directory(self.path)
 
     def _holds(self, checkpoint: CheckpointId, manifest: Manifest) -> bool:
+        """Whether a checkpoint has those files. One that a Saver of the program wrote is known by its content."""
         try:
             with self.open(checkpoint) as reader:
-                return reader.manifest().files == manifest.files
+                if known := reader.manifest().files:
+                    return known == manifest.files
+                for file, record in manifest.files.items():
+                    if file != META:  # nobody has hashed the meta graph there, so it can be replaced
+                        reader.verify(file, record)
+                return True
         except (CheckpointDamagedError, FileNotFoundError):
             return False
 
@@ -257,10 +264,14 @@ class BundleStore(DirectoryStore, DraftStore):
         remove_tree(self._disk, trash)
 
     def _link_bare(self, name: str) -> None:
-        """Have the files of a checkpoint under the bare basename, too."""
+        """Have the files of a checkpoint under the bare basename, too; the index when the others are durable."""
         endings = [ending for ending in endings_of(name, self._disk.names(self.path)) if ending != MANIFEST]
         for ending in reversed(endings):
+            if ending == INDEX:
+                self._disk.sync_directory(self.path)
             scratch = self._lease.directory / f"bare.{ending}"
+            if scratch.exists():  # a rename between two names of one file does nothing, and leaves both
+                self._disk.remove_file(scratch)
             self._disk.link(self.path / f"{name}.{ending}", scratch)
             self._disk.rename(scratch, self.path / f"{self.basename}.{ending}")
 
