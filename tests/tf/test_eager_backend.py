@@ -628,3 +628,25 @@ def test_a_run_whose_input_ends_is_saved_and_ends_well(tmp_path: Path) -> None:
     with sv.managed_session():
         pass
     assert again.numpy() == 15
+
+
+SHUFFLED = {
+    "in its order": (lambda data: data.batch(2), False),
+    "once and for all": (lambda data: data.shuffle(4, seed=1, reshuffle_each_iteration=False).batch(2), False),
+    "anew for each pass": (lambda data: data.shuffle(4, seed=1).batch(2), True),
+    "inside of an interleave": (lambda data: data.interleave(lambda _: data.shuffle(2)), True),
+}
+
+
+@pytest.mark.parametrize("how", SHUFFLED)
+def test_a_dataset_whose_order_cannot_be_drawn_again_is_told_of(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shuffle, is_told = SHUFFLED[how]
+    sv = Supervisor(EagerBackend(v=tf.Variable(1)), tmp_path, signals=False, summarize_every=None)
+    with sv.managed_session():
+        for epoch in sv.epochs(2):
+            for _ in sv.batches(shuffle(tf.data.Dataset.range(6))):
+                assert epoch in (0, 1)
+    told = [record.getMessage() for record in caplog.records if "would draw another order" in record.getMessage()]
+    assert len(told) == is_told

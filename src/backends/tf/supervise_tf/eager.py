@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Final
 import tensorflow as tf
 
 from supervise_core.backend import Backend
+from supervise_core.data_source import BatchSource
 from supervise_core.errors import IncompatibleCheckpointError
 from supervise_core.readiness import NotReady, Readiness, Ready
 from supervise_core.snapshot import Parts, Snapshot, Staging, check_part_name
+from supervise_tf.datasets import shuffles_anew
 from supervise_tf.inputs import is_end_of_input
 from supervise_tf.trackables import (
     array_of,
@@ -104,6 +106,7 @@ class EagerBackend(Backend[EagerSession]):
         self._global_step = global_step
         self._restored: set[Place] = set()
         self._warned = False
+        self._warned_of_order = False
 
     def create_session(self, master: str = "", config: Any = None) -> EagerSession:
         self._restored = set()
@@ -179,6 +182,16 @@ class EagerBackend(Backend[EagerSession]):
                 _reset_slots(leaf, states[place])
         self._restored = set(states)
         self.set_random_state(session, own["random"])
+
+    def batch_source(self, session: EagerSession, data: Any, run_seed: int) -> BatchSource:
+        if shuffles_anew(data) and not self._warned_of_order:
+            self._warned_of_order = True
+            _log.warning(
+                "a dataset in sv.batches shuffles anew for each pass, and counts its passes in this process alone: "
+                "a resumed run would draw another order, see some elements twice and others not at all. Make "
+                "iter(dataset.repeat()) a part, or shuffle with reshuffle_each_iteration=False and a seed."
+            )
+        return super().batch_source(session, data, run_seed)
 
     # ---- inside
 
