@@ -228,6 +228,40 @@ def test_dropped_sync_is_silent(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"first": b"", "second": b"2"}
 
 
+def test_a_file_that_something_else_wrote_is_durable_once_it_is_synced(tmp_path: Path) -> None:
+    disk = lossy(tmp_path)
+    for name in ("synced", "not synced", "named alone"):
+        (tmp_path / "old" / name).write_bytes(b"by something else")
+    disk.sync_file(tmp_path / "old" / "synced")
+    disk.sync_directory(tmp_path / "old")
+    disk.sync_file(tmp_path / "old" / "named alone")
+    disk.power_cut()
+    assert tree(tmp_path) == {"old": None, "old/file": b"old", "old/synced": b"by something else"}
+
+
+def test_dropped_sync_of_a_file_that_something_else_wrote(tmp_path: Path) -> None:
+    disk = LossyDisk(tmp_path, without=lambda number, method, path: method == "sync_file")
+    (tmp_path / "file").write_bytes(b"by something else")
+    disk.sync_file(tmp_path / "file")
+    disk.sync_directory(tmp_path)
+    disk.power_cut()
+    assert tree(tmp_path) == {"file": b""}
+    assert disk.calls[0] == ("sync_file", tmp_path / "file")
+
+
+def test_sync_file_is_a_changing_call(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    Disk().sync_file(tmp_path / "file")
+    with pytest.raises(FileNotFoundError):
+        Disk().sync_file(tmp_path / "absent")
+    with pytest.raises(Crash):
+        CrashingDisk(crash_before=1).sync_file(tmp_path / "file")
+    faulty = FaultyDisk()
+    faulty.fail(5, method="sync_file")
+    with pytest.raises(OSError, match="file"):
+        faulty.sync_file(tmp_path / "file")
+
+
 def test_real_syncs_are_calls_to_the_system(tmp_path: Path) -> None:
     write_file(Disk(), tmp_path / "file", [b"x"])
     Disk().sync_directory(tmp_path)
