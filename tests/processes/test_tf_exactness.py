@@ -44,6 +44,13 @@ def step_to_come(logdir: Path) -> int:
     return max(found)
 
 
+def check_end(part: Outcome, whole: Outcome) -> None:
+    assert part.status == 0, part.errors
+    assert part.done is not None
+    assert whole.done is not None
+    assert (part.done["done"], part.done["weights"]) == (STEPS, whole.done["weights"])
+
+
 def check_part(part: Outcome, whole: Outcome, begun: int) -> None:
     """It goes on from that step, and every step that it makes is one of the whole run."""
     assert part.begin["begin"] == begun, part.errors
@@ -81,18 +88,15 @@ def test_tf_killed_anywhere(tmp_path: Path, mode: str, kind: str, count: int, se
         kills += part.status == -9
         inside_a_save += inside and part.status == -9
         if part.status == 0:  # it came to its end before the kill did; the next one begins anew
-            assert part.done == whole.done
+            check_end(part, whole)
             logdir = tmp_path / f"after {kills} kills, {attempts}"
     assert kills == count
     assert inside_a_save >= count // 3
     assert resumed or count < 3
     begun = step_to_come(logdir)
     last = run(PROGRAM, logdir, *arguments)
-    assert last.status == 0, last.errors
     check_part(last, whole, begun)
-    assert last.done is not None
-    assert whole.done is not None
-    assert last.done["weights"] == whole.done["weights"]
+    check_end(last, whole)
 
 
 # ---- what cannot be exact is named

@@ -64,6 +64,16 @@ def contents(logdir: Path) -> dict[str, tuple[bool, set[float]]]:
     return found
 
 
+def step_of(name: str) -> int:
+    """The step in the name of a checkpoint, of which there may be a second revision."""
+    return int(name.rpartition("-")[2].partition(".")[0])
+
+
+def check_last(found: dict[str, tuple[bool, set[float]]], step: int) -> None:
+    """The last step is there, and was taken at a boundary."""
+    assert (True, {float(step)}) in [content for name, content in found.items() if step_of(name) == step]
+
+
 def warnings_in(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
     found = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     return [message for message in found if words in message]
@@ -79,14 +89,14 @@ def test_tf_state_is_never_torn(tmp_path: Path, caplog: pytest.LogCaptureFixture
             sess.run(model.train)
             steps += 1
     found = contents(tmp_path)
-    assert len(found) >= count
-    assert found[f"model.ckpt-{steps}"] == (True, {float(steps)})
+    assert len(found) >= count // 2  # less than were saved: of a step that was saved twice, one is left
+    check_last(found, steps)
     beside = [name for name, (consistent, _) in found.items() if not consistent]
     assert not beside or warnings_in(caplog, "no step boundary")  # a step that took longer than two intervals
     assert len(found) - len(beside) >= 3
     for name, (consistent, numbers) in found.items():
         if consistent:
-            assert numbers == {float(name.rpartition("-")[2])}
+            assert numbers == {float(step_of(name))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +110,7 @@ def test_a_loop_that_never_asks_is_saved_beside(tmp_path: Path, caplog: pytest.L
         shutil.copytree(logdir, tmp_path / "killed", ignore=shutil.ignore_patterns(".work", "checkpoint"))
     assert len(warnings_in(caplog, "no step boundary")) == 1
     found = contents(logdir)
-    assert found[f"model.ckpt-{steps}"] == (True, {float(steps)})  # the last step, at a clean end
+    check_last(found, steps)
     beside = [name for name, (consistent, _) in found.items() if not consistent]
     assert len(beside) >= 3
     for name in beside:  # of the step in its name, or torn between neighbours, but no older
@@ -121,7 +131,7 @@ def test_with_none_taken_at_a_boundary_the_newest_of_the_others_is_restored(tmp_
             sess.run(model.train)
         shutil.copytree(tmp_path / "run", tmp_path / "killed", ignore=shutil.ignore_patterns(".work", "checkpoint"))
     (tmp_path / "killed" / "model.ckpt-0.index").unlink()
-    names = sorted(contents(tmp_path / "killed"), key=lambda name: int(name.rpartition("-")[2]))
+    names = sorted(contents(tmp_path / "killed"), key=step_of)
     resumed = Counting(tmp_path / "killed", kind)
     with resumed.sv.managed_session():
         resumed.sv.request_stop()
