@@ -29,7 +29,7 @@ from supervise_core.errors import CheckpointDamagedError, CheckpointError
 from supervise_core.host import Host
 from supervise_core.manifest import MANIFEST, FileRecord, Manifest, hash_of
 from supervise_tf.bundle_files import INDEX, BundleDraft, BundleReader, DraftStore, endings_of
-from supervise_tf.bundle_format import BundleFormat
+from supervise_tf.bundle_format import META, BundleFormat
 from supervise_tf.state_file import StateFile
 
 _log = logging.getLogger(__name__)
@@ -113,13 +113,16 @@ class BundleStore(DirectoryStore, DraftStore):
         if draft.checkpoint in self.checkpoints():
             raise FileExistsError(errno.EEXIST, "this checkpoint is there already", str(self.path / draft.name))
         if replaces is not None and self._holds(replaces, manifest):
-            for ending in (META, MANIFEST):
+            name = self.name_of(replaces)
+            adopted = MANIFEST not in endings_of(name, self._disk.names(self.path))
+            for ending in (META, MANIFEST) if adopted else (MANIFEST,):
                 if f"{draft.name}.{ending}" in self._disk.names(draft.directory):
-                    target = self.path / f"{self.name_of(replaces)}.{ending}"
+                    target = self.path / f"{name}.{ending}"
                     self._change(self._disk.rename, draft.directory / f"{draft.name}.{ending}", target)
                     self._disk.sync_directory(self.path)
             remove_tree(self._disk, draft.directory)
-            self._tell()
+            if adopted:
+                self._tell()
             return replaces
         endings = endings_of(draft.name, self._disk.names(draft.directory))
         for group in reversed(_in_order(endings)):
@@ -181,6 +184,7 @@ class BundleStore(DirectoryStore, DraftStore):
             with self.open(checkpoint) as reader:
                 if known := reader.manifest().files:
                     return known == manifest.files
+                assert isinstance(reader, BundleReader)
                 for file, record in manifest.files.items():
                     if file != META:  # nobody has hashed the meta graph there, so it can be replaced
                         reader.verify(file, record)
