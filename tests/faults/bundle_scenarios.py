@@ -56,7 +56,10 @@ def save(store: BundleStore, step: int, *, value: float | None = None, note: int
 
 @dataclass(frozen=True)
 class State:
-    """What a log directory holds, as far as anybody may care. ``noted`` are the notes in the manifests."""
+    """What a log directory holds, as far as anybody may care.
+
+    ``noted`` are the notes in the manifests; -1 is that of a checkpoint without manifest.
+    """
 
     listed: tuple[str, ...]
     damaged: tuple[tuple[str, str], ...] = ()
@@ -107,7 +110,7 @@ def litter(logdir: Path) -> list[str]:
 
 def _verify(store: BundleStore, checkpoint: CheckpointId) -> tuple[float, int]:
     with store.open(checkpoint) as reader:
-        assert reader.size(MANIFEST) is not None or store.name_of(checkpoint) == "model.ckpt", "the manifest is lost"
+        has_manifest = reader.size(MANIFEST) is not None
         content = store.format.read(reader)
         prefix = reader.prefix  # type: ignore[attr-defined]
     tensors = read_bundle(prefix)
@@ -115,7 +118,7 @@ def _verify(store: BundleStore, checkpoint: CheckpointId) -> tuple[float, int]:
     assert list(tensors["b"]) == [0, 1, 2]
     value = float(tensors["w"][0])
     assert int(value) == checkpoint.step
-    note = content.parts["tf"].tree()["note"] if "tf" in content.parts else 0
+    note = content.parts["tf"].tree()["note"] if has_manifest else -1
     return value, note
 
 
@@ -238,6 +241,12 @@ def _lose_work_folder(logdir: Path) -> None:
     (logdir / ".work").rmdir()
 
 
+def _by_a_saver(logdir: Path) -> None:
+    """As when the program's own Saver had written the newest, with another meta graph."""
+    (logdir / f"model.ckpt-2.{MANIFEST}").unlink()
+    (logdir / "model.ckpt-2.meta").write_bytes(b"another graph, of another length")
+
+
 def _c(*steps: int) -> tuple[str, ...]:
     return tuple(f"model.ckpt-{step}" for step in steps)
 
@@ -253,6 +262,13 @@ SCENARIOS = (
         (State(_c(1, 2)), State((*_c(1, 2), "model.ckpt-2.1")), State((*_c(1), "model.ckpt-2.1"))),
     ),
     Scenario("replace the manifest", _steps(1, 2), _replace_state, (State(_c(1, 2)), State(_c(1, 2), noted=(0, 7)))),
+    Scenario(
+        "adopt what a Saver wrote",
+        _steps(1, 2),
+        _steps(2),
+        (State(_c(1, 2), noted=(0, -1)), State(_c(1, 2))),
+        _by_a_saver,
+    ),
     Scenario(
         "prune",
         _steps(1, 2, 3),
