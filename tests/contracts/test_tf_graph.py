@@ -37,7 +37,7 @@ v1 = tf.compat.v1
 MODE_VARIABLE = "SUPERVISE_TEST_TF_MODE"
 MODES = {"v1": v1.disable_v2_behavior, "no-eager": v1.disable_eager_execution}
 MODE = os.environ.get(MODE_VARIABLE, "")
-CHOSEN_FOR_MODES = "back or resumed or missing or summary or snapshot_is or mode"
+CHOSEN_FOR_MODES = "come_back or comes_back or put_back or resumed or missing or snapshot_is or mode"
 if MODE:
     MODES[MODE]()
 
