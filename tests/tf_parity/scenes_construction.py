@@ -114,7 +114,7 @@ def collected_defaults(stage: Stage) -> Any:
         if name == "saver":
             both[name] = [v1.train.Saver(max_to_keep=3), v1.train.Saver()]
         elif name in ("ready_op", "ready_for_local_init_op"):
-            both[name] = [v1.report_uninitialized_variables() for _ in range(2)]
+            both[name] = [v1.report_uninitialized_variables(v1.global_variables()) for _ in range(2)]
         elif name == "summary_op":
             both[name] = [v1.summary.scalar(f"s{number}", 1.0) for number in range(2)]
         elif name == "local_init_op":

@@ -356,6 +356,23 @@ def unnumbered(stage: Stage) -> Any:
     }  # fmt: skip
 
 
+@scene
+def own_save(stage: Stage) -> Any:
+    """The program saves its last step itself, and reads what it saved after the session; then it runs once more."""
+    model = stage.model()
+    sv = stage.supervisor()
+    with sv.managed_session() as sess:
+        begun(stage)
+        steps(sv, sess, model, 4)
+        path = sv.saver.save(sess, sv.save_path, global_step=model.step)
+    seen = [Path(path).name, checkpoints(stage.logdir), Path(tf.train.latest_checkpoint(stage.logdir)).name]
+    held = outcome(lambda: tensors(stage.logdir, Path(path).name)).get("value")
+    second = stage.supervisor()
+    with second.managed_session() as sess:
+        found = int(sess.run(model.step))
+    return {"seen": seen, "held": held, "found": found, "names": [checkpoints(stage.logdir)[-1], files(stage.logdir)]}
+
+
 @once
 def torn(stage: Stage) -> Any:
     """A step of two halves, 20 ms apart, saved every 200 ms: in which checkpoints do the halves differ?"""
