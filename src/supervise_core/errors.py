@@ -84,7 +84,7 @@ class AllCheckpointsDamagedError(CheckpointError):
         listing = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
         super().__init__(
             f"no good checkpoint is left in {location}, and {len(damaged)} were set aside ({listing}). "
-            "Put a good copy back, or start from nothing with resume='never'."
+            "Put a good copy back. To start from nothing, say resume='never', or move the folder 'set-aside' away."
         )
         self.damaged = dict(damaged)
 

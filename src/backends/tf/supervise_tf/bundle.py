@@ -88,6 +88,15 @@ def read_bundle(prefix: Path) -> dict[str, NDArray[Any]]:
     return {name: as_array(_tensor(reader, prefix, name)) for name in names}
 
 
+def shapes_of(prefix: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors of a bundle by name, of those in slices as a whole.
+
+    :raises CheckpointDamagedError: if the index cannot be read.
+    """
+    reader, _ = _open(prefix)
+    return dict(reader.get_variable_to_shape_map())
+
+
 def check_bundle(prefix: Path) -> None:
     """Read a bundle against the checksums that TensorFlow keeps in it, one tensor after the other.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from supervise_core.errors import IncompatibleCheckpointError
 from supervise_core.readiness import Readiness
 from supervise_core.services import Service
 from supervise_core.snapshot import Parts, Snapshot, Staging
-from supervise_tf.bundle import Key
+from supervise_tf.bundle import Key, shapes_of
 from supervise_tf.bundle_format import BundlePart
 from supervise_tf.graph_operations import GraphOperations
 from supervise_tf.inputs import drawing_ops, inputs_of, is_end_of_input, is_end_of_session, placeholders_of
@@ -28,6 +29,14 @@ _log = logging.getLogger(__name__)
 
 _OWN_PART: Final = "tf"
 _NAMES_SHOWN: Final = 10
+
+
+class OtherShapeError(IncompatibleCheckpointError, tf.errors.InvalidArgumentError):  # type: ignore[misc]
+    """A variable has another shape in the checkpoint; also the ``InvalidArgumentError`` of TensorFlow."""
+
+    def __init__(self, part: str, differences: Iterable[str]) -> None:
+        IncompatibleCheckpointError.__init__(self, part, differences)
+        tf.errors.InvalidArgumentError.__init__(self, None, None, self.args[0])
 
 
 class GraphBackend(Backend[Any]):
@@ -162,6 +171,7 @@ class GraphBackend(Backend[Any]):
         variables = parts.get(VARIABLES)
         run_saved_model_initialisers(session, self.operations.graph)
         if isinstance(variables, BundlePart):
+            self._check_shapes(variables.prefix)
             with self.operations.graph.as_default():  # outside of the graph TensorFlow would restore eagerly
                 self.operations.saver.restore(session, str(variables.prefix))
         elif wanted != set(parts):
@@ -174,6 +184,17 @@ class GraphBackend(Backend[Any]):
             self._saved.put_back(session, saved)
         if _OWN_PART in parts:
             self.set_random_state(session, parts[_OWN_PART].tree()["random"])
+
+    def _check_shapes(self, prefix: Path) -> None:
+        """TensorFlow itself gives a resource variable whatever shape the checkpoint has, and trains on."""
+        saved = {} if self._saved is None else self._saved.fetches
+        there = shapes_of(prefix)
+        if differences := [
+            f"{name!r} has shape {there[name]} there and {tensor.shape} here"
+            for (name, part), tensor in saved.items()
+            if not part and name in there and not tensor.shape.is_compatible_with(there[name])
+        ]:
+            raise OtherShapeError(VARIABLES, differences)
 
     def _step_in(self, values: Mapping[Key, NDArray[Any]], step: int | None) -> int | None:
         """The step among the values fetched, which were all read in one run; or else the one read before them."""
