@@ -403,6 +403,7 @@ def restore_without_saving(stage: Stage) -> Any:
     model = stage.model()
     sv = stage.supervisor()
     with sv.managed_session() as sess:
+        begun(stage)
         steps(sv, sess, model, 3)
         sv.saver.save(sess, sv.save_path, global_step=3)
     before = checkpoints(stage.logdir)
