@@ -99,7 +99,7 @@ class Appointment:
             if not self.is_due(step, now):
                 return
             self.fired_by_time = not self._requested and (self.due.step is None or step < self.due.step)
-            self._requested = self._warned = self.approaching = False
+            self._requested = self.approaching = False
             self._last = Firing(step, now)
             self.due = planned = self._next()
         self._action(step)

@@ -284,7 +284,8 @@ class Checkpointer:
 
 
 def prune(store: CheckpointStore, keep: Retention, read_before: dict[CheckpointId, Kept] | None = None) -> None:
-    """Remove what retention does not keep; never the newest, and nothing whose manifest cannot be read.
+    """Remove what retention does not keep; never the newest, never the newest that was taken at a step boundary, and
+    nothing whose manifest cannot be read.
 
     A failure to remove is logged and left for the next time: the new checkpoint is safe. ``read_before`` remembers what
     manifests say between calls; what is there is listed anew each time.
@@ -298,7 +299,9 @@ def prune(store: CheckpointStore, keep: Retention, read_before: dict[CheckpointI
         if facts is not None:
             known[checkpoint] = remembered[checkpoint] = facts
     current = {checkpoint.step: checkpoint for checkpoint in known}  # of each step, the last revision
-    kept = keep.keep([known[checkpoint] for checkpoint in current.values()]) | {max(current, default=0)}
+    consistent = [step for step, checkpoint in current.items() if known[checkpoint].consistent]
+    newest = {max(current, default=0), max(consistent, default=0)}
+    kept = keep.keep([known[checkpoint] for checkpoint in current.values()]) | newest
     for checkpoint in known:
         if checkpoint is current[checkpoint.step] and checkpoint.step in kept:
             continue
@@ -316,7 +319,7 @@ def _facts_of(store: CheckpointStore, checkpoint: CheckpointId) -> Kept | None:
             manifest = reader.manifest()
     except (CheckpointDamagedError, OSError):
         return None
-    return Kept(checkpoint.step, manifest.wall_time, manifest.metrics)
+    return Kept(checkpoint.step, manifest.wall_time, manifest.metrics, manifest.consistent)
 
 
 def _discard(discard: Callable[[], Any]) -> None:

@@ -13,11 +13,15 @@ from supervise_core.errors import PolicyError
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a retention rule may know of a checkpoint. ``wall_time`` is in seconds since the epoch."""
+    """What a retention rule may know of a checkpoint. ``wall_time`` is in seconds since the epoch.
+
+    ``consistent`` is False for one that was not taken at a step boundary.
+    """
 
     step: int
     wall_time: float
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    consistent: bool = True
 
 
 class Retention(ABC):

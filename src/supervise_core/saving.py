@@ -155,7 +155,7 @@ class RunSaver:
         finally:
             staging.discard()
         step = self._loop.steps.now() if snapshot.step is None else snapshot.step
-        run_state = encode({"data": None, "events": []}, "the data's position")
+        run_state = encode({"data": None, "events": [], "began": self._report.first_step}, "the data's position")
         return PendingSave(step, snapshot, run_state, {}, consistent=False)
 
     def _warn_of_concurrency(self) -> None:

@@ -279,7 +279,10 @@ class SessionManager(Generic[SessionT]):
         return content
 
     def _newest_good(self, store: CheckpointStore) -> CheckpointContent | None:
-        """The newest that was taken at a step boundary; or else, if there is none, the newest of the others."""
+        """The newest that was taken at a step boundary; but one that may mix two steps, if its run began with that.
+
+        A program that never comes to a boundary would else lose all that it did.
+        """
         second_best: tuple[str, CheckpointContent] | None = None
         preferred = store.preferred()
         for checkpoint in sorted(store.checkpoints(), key=lambda known: (known == preferred, known), reverse=True):
@@ -293,6 +296,9 @@ class SessionManager(Generic[SessionT]):
                 continue
             if checkpoint == preferred:
                 self._newer = [known for known in store.checkpoints() if known > checkpoint]
+            if second_best is not None and second_best[1].run_state.get("began", 0) >= checkpoint.step:
+                _log.warning("%s may mix two steps; %s is all that was saved before that run", second_best[0], name)
+                break
             if content.manifest.consistent or checkpoint == preferred:
                 self.recovery.restored = name
                 return content

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 
 from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_file
-from supervise_core.testing.disks import (
-    Crash,
-    CrashingDisk,
-    Everything,
-    FaultyDisk,
-    LossyDisk,
-    NamesWithoutContent,
-    WatchedDisk,
-)
+from supervise_core.testing.disks import Crash, CrashingDisk, FaultyDisk, WatchedDisk
+from supervise_core.testing.power_cuts import Everything, LossyDisk, NamesWithoutContent
 
 
 @pytest.fixture

@@ -22,17 +22,9 @@ from training import Program
 
 from supervise_core import CheckpointDirectory
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.testing.disks import (
-    AnyOutcome,
-    Crash,
-    CrashingDisk,
-    HastyDisk,
-    LossyDisk,
-    NamesWithoutContent,
-    Outcome,
-    WatchedDisk,
-)
+from supervise_core.testing.disks import Crash, CrashingDisk, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeMachine
+from supervise_core.testing.power_cuts import AnyOutcome, LossyDisk, NamesWithoutContent, Outcome
 
 Drop = Callable[[int, str, Path], bool]
 

@@ -22,17 +22,9 @@ pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 from bundle_scenarios import SCENARIOS, Scenario, State, litter, open_store, save, state_of, told
 
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.testing.disks import (
-    AnyOutcome,
-    Crash,
-    CrashingDisk,
-    HastyDisk,
-    LossyDisk,
-    NamesWithoutContent,
-    Outcome,
-    WatchedDisk,
-)
+from supervise_core.testing.disks import Crash, CrashingDisk, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeMachine
+from supervise_core.testing.power_cuts import AnyOutcome, LossyDisk, NamesWithoutContent, Outcome
 from supervise_tf.bundle import read_bundle
 
 Drop = Callable[[int, str, Path], bool]

@@ -120,7 +120,29 @@ def test_a_loop_that_never_asks_is_saved_beside(tmp_path: Path, caplog: pytest.L
     resumed = Counting(tmp_path / "killed", kind)
     with resumed.sv.managed_session() as sess:
         resumed.sv.request_stop()
-    assert resumed.sv.report.restored == "model.ckpt-0"
+    newest = max(contents(tmp_path / "killed"), key=step_of)
+    assert newest in beside, "the only one that was taken at a boundary is the one that the run began with"
+    assert resumed.sv.report.restored == newest
+    assert len(warnings_in(caplog, "may mix two steps")) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_was_taken_at_a_boundary_is_preferred(tmp_path: Path, kind: str) -> None:
+    model = Counting(tmp_path / "run", kind)
+    with model.sv.managed_session() as sess:
+        while model.sv.report.saves < 3:
+            sess.run(model.train)
+            model.sv.should_stop()
+        while model.sv.report.saves < 12:
+            sess.run(model.train)
+        shutil.copytree(tmp_path / "run", tmp_path / "killed", ignore=shutil.ignore_patterns(".work", "checkpoint"))
+    found = contents(tmp_path / "killed")
+    consistent = [name for name, (taken_at_boundary, _) in found.items() if taken_at_boundary]
+    assert len(consistent) < len(found)
+    resumed = Counting(tmp_path / "killed", kind)
+    with resumed.sv.managed_session():
+        resumed.sv.request_stop()
+    assert resumed.sv.report.restored == max(consistent, key=step_of) != "model.ckpt-0"
 
 
 @pytest.mark.parametrize("kind", KINDS)

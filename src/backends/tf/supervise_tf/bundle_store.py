@@ -28,6 +28,7 @@ from supervise_core.disk import Disk, remove_tree
 from supervise_core.errors import CheckpointDamagedError, CheckpointError
 from supervise_core.host import Host
 from supervise_core.manifest import MANIFEST, FileRecord, Manifest, hash_of
+from supervise_tf.bundle import check_bundle
 from supervise_tf.bundle_files import INDEX, BundleDraft, BundleReader, DraftStore, endings_of
 from supervise_tf.bundle_format import META, BundleFormat
 from supervise_tf.state_file import StateFile
@@ -86,6 +87,9 @@ class BundleStore(DirectoryStore, DraftStore):
             return None
         there = self.checkpoints()
         wanted = next((checkpoint for checkpoint in there if self.name_of(checkpoint) == name), None)
+        if wanted is None and there and name not in (None, self.basename):
+            newest = self.name_of(there[-1])
+            _log.warning("the state file in %s names %s, which is not there; going on from %s", self.path, name, newest)
         if wanted is None or wanted == there[-1]:
             return None
         _log.warning(
@@ -192,7 +196,29 @@ class BundleStore(DirectoryStore, DraftStore):
         except (CheckpointDamagedError, FileNotFoundError):
             return False
 
+    def _disown_rewritten(self) -> None:
+        """A Saver of the program may have written a checkpoint of ours anew, and our hashes are of the old content."""
+        try:
+            name = None if self._state.is_ours() else self._state.newest()
+        except ValueError:
+            return
+        if name is None or not {INDEX, MANIFEST} <= {*endings_of(name, self._disk.names(self.path))}:
+            return
+        try:
+            with closing(BundleReader(self.path, name, 0, self._disk)) as reader:
+                for file, record in reader.manifest().files.items():
+                    reader.verify(file, record)
+        except CheckpointDamagedError as error:
+            try:
+                check_bundle(self.path / name)
+            except CheckpointDamagedError:
+                return  # it is damaged indeed
+            _log.info("%s in %s was written anew by a Saver (%s)", name, self.path, error.reason)
+            self._disk.remove_file(self.path / f"{name}.{MANIFEST}")
+            self._disk.sync_directory(self.path)
+
     def _sweep(self) -> None:
+        self._disown_rewritten()
         for leftover in self._lease.leftovers():
             for name in self._disk.names(leftover):
                 self._complete(leftover / name)
@@ -228,6 +254,7 @@ class BundleStore(DirectoryStore, DraftStore):
         """Bring the state file up to date. Nothing depends on it here, so a failure is said and no more."""
         names = [self.name_of(checkpoint) for checkpoint in self.checkpoints()]
         try:
+            self._disown_rewritten()
             if not names:
                 self._state.remove()
                 return

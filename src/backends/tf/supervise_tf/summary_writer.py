@@ -22,7 +22,7 @@ class SummaryWriter(tf.compat.v1.summary.FileWriter):  # type: ignore[misc]
 
     def __init__(self, logdir: str | os.PathLike[str], clock: Clock | None = None) -> None:
         """Makes the directory and the event file."""
-        files = _EventFiles(Path(logdir), clock or SystemClock())
+        files: Any = _EventFiles(Path(logdir), clock or SystemClock())
         super(tf.compat.v1.summary.FileWriter, self).__init__(files)  # its own would open a file of its own
         self._closed = False
 
