@@ -44,16 +44,22 @@ class _EventFiles:
         self._logdir = logdir
         self._clock = clock
         logdir.mkdir(parents=True, exist_ok=True)
+        self._closed_by_program = False
         self.log = EventLog(logdir, clock)
 
     def get_logdir(self) -> str:
         return str(self._logdir)
 
     def reopen(self) -> None:
+        self._closed_by_program = False
         if self.log.is_closed:
             self.log = EventLog(self._logdir, self._clock)
 
     def add_event(self, event: Any) -> None:
+        """Append an event: after the end of the session to a further file, after ``close`` to none, as TensorFlow."""
+        if self._closed_by_program:
+            return
+        self.reopen()
         if event.WhichOneof("what") == "summary":
             self.log.add_serialized(event.summary.SerializeToString(), event.step)
         else:
@@ -63,6 +69,7 @@ class _EventFiles:
         return None  # every event is handed to the operating system when it is added
 
     def close(self) -> None:
+        self._closed_by_program = True
         self.log.close()
 
 
