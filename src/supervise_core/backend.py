@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from supervise_core.data_source import BatchSource, ReplayedSource, StatefulSource, is_stateful
@@ -98,8 +99,12 @@ class Backend(ABC, Generic[SessionT]):
         """Let go of what the session holds; called once or more."""
         return None
 
+    def is_blocking(self, frame: FrameType) -> bool:
+        """Whether a thread whose innermost Python frame this is waits in a call that ``free_threads`` would end."""
+        return False
+
     def free_threads(self, session: SessionT) -> None:
-        """End the calls of the framework that other threads are blocked in. Called when threads outlive a stop."""
+        """End the calls of the framework that other threads are blocked in, after a stop."""
         return None
 
     def is_clean_stop(self, error: BaseException) -> bool:

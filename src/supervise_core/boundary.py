@@ -162,7 +162,7 @@ class StepBoundary:
         self._appointments: list[Appointment] = []
         self._last_appointments: list[Appointment] = []
         self._alarm_step = _NEVER
-        self._reached = False
+        self._reached = self._heard = False
         self._rescheduled = threading.Event()
         coordinator.on_stop(lambda _: self._stop())
 
@@ -175,6 +175,16 @@ class StepBoundary:
         (self._last_appointments if last else self._appointments).append(appointment)
         self.reschedule()
         return appointment
+
+    @property
+    def heard_the_stop(self) -> bool:
+        """Whether the loop came to a boundary since a stop was requested, and so was told of it."""
+        return self._heard
+
+    @property
+    def was_reached(self) -> bool:
+        """Whether the loop ever came to one."""
+        return self._reached
 
     def ring(self) -> None:
         """Have the training thread look at its next boundary. From any thread."""
@@ -205,6 +215,7 @@ class StepBoundary:
     def reach(self, step: int) -> None:
         """Do what is due; on the training thread, between two steps."""
         self._reached = True
+        self._heard = self._coordinator.should_stop()
         self.due = False
         now = self.clock.monotonic()
         fired = False
@@ -243,8 +254,10 @@ class StepBoundary:
 
     def keep_time(self) -> None:
         """Ring whenever an appointment becomes due by the clock, until the run stops."""
-        while not self._coordinator.should_stop():
+        while True:
             self._rescheduled.clear()
+            if self._coordinator.should_stop():  # only now, or the ring of a stop between the two were lost
+                return
             now = self.clock.monotonic()
             self.clock.wait(self._rescheduled, self._sleep(now))
 

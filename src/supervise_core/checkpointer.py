@@ -145,7 +145,7 @@ class Checkpointer:
         if not self._taking.acquire(blocking=False):
             return
         try:
-            if self.is_serving and not self.is_busy and self._held is None and not self._coordinator.should_stop():
+            if self.is_serving and not self.is_busy and self._held is None:
                 self._submit(capture())
         finally:
             self._taking.release()
@@ -258,7 +258,19 @@ class Checkpointer:
         _log.info("saved %s in %s", self._report.last_saved, self._store.location)
         self._committed(self._report.last_saved, pending.step)
         self._known.pop(committed, None)
+        self._retire_later(pending.step)
         prune(self._store, self._keep, self._known)
+
+    def _retire_later(self, step: int) -> None:
+        """The program set its step back: what bears a higher one is of a branch that is gone on with no more."""
+        later = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step > step]
+        for checkpoint in later:
+            self._store.retire(checkpoint)
+        if later:
+            _log.warning(
+                "the step was set back to %d: moved %d checkpoint(s) of later steps out of the way, into the folder "
+                "'retired' of %s; delete them when you like", step, len(later), self._store.location,
+            )  # fmt: skip
 
     def _manifest(self, pending: PendingSave, written: Written) -> Manifest:
         return Manifest(
@@ -284,8 +296,7 @@ class Checkpointer:
 
 
 def prune(store: CheckpointStore, keep: Retention, read_before: dict[CheckpointId, Kept] | None = None) -> None:
-    """Remove what retention does not keep; never the newest, never the newest that was taken at a step boundary, and
-    nothing whose manifest cannot be read.
+    """Remove what retention does not keep; never the newest, and nothing whose manifest cannot be read.
 
     A failure to remove is logged and left for the next time: the new checkpoint is safe. ``read_before`` remembers what
     manifests say between calls; what is there is listed anew each time.
@@ -299,9 +310,7 @@ def prune(store: CheckpointStore, keep: Retention, read_before: dict[CheckpointI
         if facts is not None:
             known[checkpoint] = remembered[checkpoint] = facts
     current = {checkpoint.step: checkpoint for checkpoint in known}  # of each step, the last revision
-    consistent = [step for step, checkpoint in current.items() if known[checkpoint].consistent]
-    newest = {max(current, default=0), max(consistent, default=0)}
-    kept = keep.keep([known[checkpoint] for checkpoint in current.values()]) | newest
+    kept = keep.keep([known[checkpoint] for checkpoint in current.values()]) | {max(current, default=0)}
     for checkpoint in known:
         if checkpoint is current[checkpoint.step] and checkpoint.step in kept:
             continue

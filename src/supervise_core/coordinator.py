@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Final
 
 from supervise_core.clock import Clock, SystemClock
@@ -17,10 +18,10 @@ from supervise_core.errors import StragglersError
 _log = logging.getLogger(__name__)
 
 _UNAIDED: Final = 0.5
-"""Seconds that threads have to end on their own before what they may be blocked in is taken away from them."""
+"""Seconds that a thread may stand still in a call before what it is blocked in is taken away from it."""
 
 
-def _never(_: BaseException) -> bool:
+def _never(_: object) -> bool:
     return False
 
 
@@ -196,26 +197,46 @@ class Coordinator(StopSignal):
         threads: Iterable[threading.Thread] = (),
         grace: float = 120.0,
         free: Callable[[], object] | None = None,
+        is_blocked: Callable[[FrameType], bool] = _never,
     ) -> list[threading.Thread]:
         """Wait as ``join`` does, and raise nothing: the threads that are left. Those registered meanwhile count.
 
-        ``free`` is called once if threads are left soon after the stop; it may end what they are blocked in. Registered
+        ``free`` is called once if a thread stands still for a while at a frame where it ``is_blocked``. Registered
         threads are forgotten then, also those that are left: a second join does not wait for them again.
         """
         given = list(threads)
         while not self._stopped.is_set() and (alive := self._alive(given)):
             self.clock.join(alive[0], 0.05)
         began = self.clock.monotonic()
-        if free is not None and self._await_end(given, began, min(grace, _UNAIDED)):
+        if free is not None and self._await_standstill(given, began, grace, is_blocked):
             free()
         alive = self._await_end(given, began, grace)
         for thread in alive:
             _log.error("thread %r did not stop within %g s; it is at:\n%s", thread.name, grace, stack_of(thread))
         with self._lock:
             self._joined = True
-            self._left_behind += (thread for thread in self._threads if thread.is_alive())
+            self._left_behind += (thread for thread in {*self._threads, *given} if thread.is_alive())
             self._threads = []
         return alive
+
+    def _await_standstill(
+        self, given: list[threading.Thread], began: float, grace: float, is_blocked: Callable[[FrameType], bool]
+    ) -> bool:
+        """Wait until all have ended, or one is blocked where it was a while ago; whether one is."""
+        since: dict[tuple[threading.Thread, int, int], float] = {}
+        while (alive := self._alive(given)) and (left := began + grace - self.clock.monotonic()) > 0:
+            now = self.clock.monotonic()
+            frames = sys._current_frames()
+            places = [
+                (thread, id(frame), frame.f_lasti)
+                for thread in alive
+                if (frame := frames.get(thread.ident or 0)) is not None and is_blocked(frame)
+            ]
+            since = {place: since.get(place, now) for place in places}
+            if any(now - first >= _UNAIDED for first in since.values()):
+                return True
+            self.clock.join(alive[0], min(left, _UNAIDED / 5))
+        return False
 
     def _await_end(self, given: list[threading.Thread], began: float, grace: float) -> list[threading.Thread]:
         while (alive := self._alive(given)) and (left := began + grace - self.clock.monotonic()) > 0:

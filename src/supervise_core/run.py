@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 SessionT = TypeVar("SessionT")
 
 _GRACE_WHEN_INSISTED: Final = 1.0
+_UNHEARD_AFTER: Final = 2.0
+_UNHEARD_AT_MOST: Final = 60.0
 
 
 TRAINING_BLOCK: Final = "the training block"
@@ -54,6 +56,7 @@ class Run(Generic[SessionT]):
         self.events: EventSink | None = None
         self.saver: RunSaver | None = None
         self._signals = StopSignals(coordinator)
+        self._homeward = threading.Event()
         self._services: list[Service] = []
         self._home = ExitStack()
         self._left_by: BaseException | None = None
@@ -70,10 +73,11 @@ class Run(Generic[SessionT]):
             if plan.signals:
                 self._signals.install()
                 road.callback(self._signals.restore)
-            if plan.store is not None and plan.is_chief:
-                plan.store.acquire()
-                road.callback(plan.store.release)
+            if not opening.wait_for_checkpoint:
+                self._take_lease(road)
             self.session = self._bring_up(opening)
+            if opening.wait_for_checkpoint:  # somebody else writes there until then
+                self._take_lease(road)
             road.callback(self._close_session)
             self._place_boundary(road)
             road.push(self._close_events_on_failure)
@@ -86,6 +90,13 @@ class Run(Generic[SessionT]):
             "supervise_session_ready",
             session=self.session, logdir=plan.logdir, step=self.report.first_step, restored=self.report.restored,
         )  # fmt: skip
+
+    def _take_lease(self, road: ExitStack) -> None:
+        """Become the writer of the log directory; who saves nothing there only reads."""
+        plan = self.plan
+        if plan.store is not None and plan.is_chief and plan.operations.snapshot is not None:
+            plan.store.acquire()
+            road.callback(plan.store.release)
 
     def _bring_up(self, opening: Opening) -> Any:
         if opening.session is not None:
@@ -141,7 +152,7 @@ class Run(Generic[SessionT]):
             self.events.close()
 
     def _prepare_saving(self) -> None:
-        """Find out now what could not be saved later."""
+        """Put together what saves, if anything is to be saved."""
         plan = self.plan
         if plan.store is None or plan.operations.snapshot is None or not plan.is_chief:
             return
@@ -153,12 +164,11 @@ class Run(Generic[SessionT]):
         )  # fmt: skip
         self.loop.stopping = self.saver.hold_at_stop
         self.loop.exhausted = self.saver.hold_at_exhaustion
-        self.saver.checkpointer.check(self.report.first_step)
 
     def _start_services(self, standard: bool) -> None:
         timer = threading.Thread(target=self._keep_time, name="supervise-core timer", daemon=True)
         self.coordinator.register(timer)
-        if self.plan.store is not None and self.plan.is_chief:
+        if self.plan.store is not None and self.plan.store.is_writer:
             Looper(self.coordinator, BEAT_EVERY, _beat, (self.plan.store,), name="supervise-core lease").start()
         try:
             if standard and self.plan.logdir is not None and self.plan.is_chief:
@@ -173,6 +183,8 @@ class Run(Generic[SessionT]):
     def start_standard_services(self) -> list[threading.Thread]:
         """Checkpoints, summaries and steps per second, as far as the plan has them. The threads that run for them."""
         plan, events = self.plan, self.events
+        if self.saver is not None:
+            self.saver.checkpointer.check(self.steps.now())  # what could not be saved later is found now
         before = set(threading.enumerate())
         content = self.manager.recovery.content
         step = self.steps.now()
@@ -219,6 +231,17 @@ class Run(Generic[SessionT]):
     def _keep_time(self) -> None:
         with self.coordinator.stop_on_exception("the timer"):
             self.boundary.keep_time()
+            self._save_while_unheard()
+
+    def _save_while_unheard(self) -> None:
+        """The loop was told to stop and does not come: what it does until it is killed is saved beside it."""
+        if self.saver is None or not self.plan.backend.saves_beside_the_loop:
+            return
+        pause = _UNHEARD_AFTER
+        while not self.plan.clock.wait(self._homeward, pause):
+            if not self.boundary.heard_the_stop:
+                self.saver.save_beside()
+            pause = min(2 * pause, _UNHEARD_AT_MOST)
 
     def _give_up(self, error: BaseException) -> None:
         """A service could not be started: stop those that were."""
@@ -298,6 +321,7 @@ class Run(Generic[SessionT]):
         self, error: BaseException | None, threads: Iterable[threading.Thread], close_summary_writer: bool
     ) -> None:
         self._signals.saving = True
+        self._homeward.set()
         if self.steps.now() > self.report.first_step + 1:
             self.boundary.warn_of_no_boundary(self.steps.now())
         self._left_by = error
@@ -306,10 +330,10 @@ class Run(Generic[SessionT]):
         grace = _GRACE_WHEN_INSISTED if self._signals.insisted else self.plan.grace
         self.coordinator.request_stop(source="the end of the training block")
         self.report.final_save = "switched off" if self.saver is None else self.saver.take_last(asked, withheld)
+        self.report.last_step = self.steps.now()  # now, as threads that do not end may cost the session
         self._stop_services(grace, threads)
         if self.saver is not None and (failed := self.saver.checkpointer.finish()) is not None:
             self.report.final_save = f"failed: {failed}"
-        self.report.last_step = self.steps.now()
         if self.events is not None and close_summary_writer and not self.events.is_closed:
             self._guard(self._write_stop_event, "the summary writer")
 
@@ -336,7 +360,7 @@ class Run(Generic[SessionT]):
 
     def _stop_services(self, grace: float, threads: Iterable[threading.Thread]) -> None:
         free = None if self._keep_session else functools.partial(self.plan.backend.free_threads, self.session)
-        for thread in self.coordinator.join_threads(threads, grace, free):
+        for thread in self.coordinator.join_threads(threads, grace, free, self.plan.backend.is_blocking):
             self.report.stragglers[thread.name] = stack_of(thread)
         for service in reversed(self._services):
             self._guard(service.stop, f"service {service.name!r}")

@@ -14,6 +14,7 @@ from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.checkpointer import Checkpointer, CheckpointLabels, PendingSave
 from supervise_core.coordinator import Coordinator
 from supervise_core.data_loop import DataLoop
+from supervise_core.errors import SessionStateError
 from supervise_core.plan import Plan
 from supervise_core.report import RunReport
 from supervise_core.snapshot import Snapshot, Staging
@@ -101,7 +102,8 @@ class RunSaver:
         if withheld:
             checkpointer.drop()
             return f"withheld: {withheld}"
-        if step == self._report.first_step and (asked or self._report.restored is not None):
+        unseen = self._loop.steps.is_own and not self._boundary.was_reached
+        if step == self._report.first_step and not unseen and (asked or self._report.restored is not None):
             return "nothing new: no step was made"
         self._ended = not asked
         if not asked or (step not in (checkpointer.held_step, self._told_at) and self._loop.position_at_stop()):
@@ -120,7 +122,13 @@ class RunSaver:
         try:
             self.checkpointer.hold_final(step)
         except Exception as error:
-            self._coordinator.request_stop(error, source="the final snapshot")
+            failure = SessionStateError(
+                f"the last step could not be saved, as its state could not be read any more ({error}); "
+                "let the session be closed after the end of the block, or after sv.stop()"
+            )
+            failure.__cause__ = error
+            is_plain = self._coordinator.is_failure(error)  # not so when the session is closed already
+            self._coordinator.request_stop(error if is_plain else failure, source="the final snapshot")
             return False
         return True
 
@@ -128,7 +136,8 @@ class RunSaver:
         staging = self._plan.staging
         self._warn_of_repetition()
         self._held_position = position = self._loop.position_at_end(ended=self._ended)
-        state = {"data": position, "events": [] if self._events is None else self._events.events_of(step)}
+        events = [] if self._events is None else self._events.events_of(step)
+        state = {"data": position, "events": events, "began": self._report.first_step}
         run_state = encode(state, "the data's position")
         try:
             snapshot = self._snapshot(self._session, staging)
@@ -154,7 +163,10 @@ class RunSaver:
             snapshot = self._snapshot(self._session, staging)
         finally:
             staging.discard()
-        step = self._loop.steps.now() if snapshot.step is None else snapshot.step
+        steps = self._loop.steps
+        if steps.is_own:
+            steps.counted += 1  # nothing else counts in a loop that comes to no boundary
+        step = steps.now() if snapshot.step is None else snapshot.step
         run_state = encode({"data": None, "events": [], "began": self._report.first_step}, "the data's position")
         return PendingSave(step, snapshot, run_state, {}, consistent=False)
 

@@ -38,6 +38,8 @@ Resume = str | os.PathLike[str]
 
 _FIRST_POLL: Final = 0.01
 _SAY_EVERY: Final = 10.0
+_MOST_PASSED_OVER: Final = 4
+"""So many checkpoints that may mix two steps are passed over for one that does not; of more, the newest is taken."""
 
 
 @dataclass(slots=True)
@@ -279,11 +281,11 @@ class SessionManager(Generic[SessionT]):
         return content
 
     def _newest_good(self, store: CheckpointStore) -> CheckpointContent | None:
-        """The newest that was taken at a step boundary; but one that may mix two steps, if its run began with that.
-
-        A program that never comes to a boundary would else lose all that it did.
+        """The newest that was taken at a step boundary; but the newest of all, if its run began with that, or too many
+        came after it. A program that never comes to a boundary, or whose other threads train, would else lose too much.
         """
         second_best: tuple[str, CheckpointContent] | None = None
+        passed_over = 0
         preferred = store.preferred()
         for checkpoint in sorted(store.checkpoints(), key=lambda known: (known == preferred, known), reverse=True):
             name = store.name_of(checkpoint)
@@ -294,15 +296,16 @@ class SessionManager(Generic[SessionT]):
             except CheckpointDamagedError as error:
                 self._put_aside(store, checkpoint, error.reason)
                 continue
-            if checkpoint == preferred:
-                self._newer = [known for known in store.checkpoints() if known > checkpoint]
-            if second_best is not None and second_best[1].run_state.get("began", 0) >= checkpoint.step:
-                _log.warning("%s may mix two steps; %s is all that was saved before that run", second_best[0], name)
+            began = 0 if second_best is None else second_best[1].run_state.get("began", 0)
+            if second_best is not None and (began >= checkpoint.step or passed_over > _MOST_PASSED_OVER):
+                _log.warning("going on from %s, which may mix two steps: %s is too old", second_best[0], name)
                 break
             if content.manifest.consistent or checkpoint == preferred:
+                self._newer = [known for known in store.checkpoints() if known > checkpoint]
                 self.recovery.restored = name
                 return content
             second_best = second_best or (name, content)
+            passed_over += 1
         if second_best is None:
             return None
         self.recovery.restored = second_best[0]

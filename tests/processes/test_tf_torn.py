@@ -133,7 +133,7 @@ def test_one_that_was_taken_at_a_boundary_is_preferred(tmp_path: Path, kind: str
         while model.sv.report.saves < 3:
             sess.run(model.train)
             model.sv.should_stop()
-        while model.sv.report.saves < 12:
+        while model.sv.report.saves < 6:
             sess.run(model.train)
         shutil.copytree(tmp_path / "run", tmp_path / "killed", ignore=shutil.ignore_patterns(".work", "checkpoint"))
     found = contents(tmp_path / "killed")

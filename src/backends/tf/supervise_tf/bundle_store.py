@@ -21,6 +21,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+import tensorflow as tf
+
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Draft
 from supervise_core.clock import Clock
 from supervise_core.directory_store import DirectoryStore
@@ -57,6 +59,11 @@ class BundleStore(DirectoryStore, DraftStore):
         host: Host | None = None,
     ) -> None:
         super().__init__(logdir, basename, disk=disk, clock=clock, host=host)
+        if found := sorted({*"*?["} & {*str(self.path), *basename}):
+            raise ValueError(
+                f"{self.path / basename}: TensorFlow takes {' '.join(found)} in a name for a pattern, and would not "
+                "find a checkpoint there again; use another logdir"
+            )
         self.format = BundleFormat(meta_graph)
         self._unnumbered = unnumbered
         self._index = re.compile(re.escape(basename) + r"-(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?\.index")
@@ -97,6 +104,14 @@ class BundleStore(DirectoryStore, DraftStore):
             self.name_of(there[-1]),
         )  # fmt: skip
         return wanted
+
+    def named_elsewhere(self) -> Path | None:
+        """A checkpoint that the state file names and the listing has not: of another basename, or in another place."""
+        try:
+            named = self._state.named_paths()
+        except ValueError:
+            return None
+        return next((path for path in named if tf.compat.v1.train.checkpoint_exists(str(path))), None)
 
     # ---- the writer
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import supervise_core
 from supervise_core.coordinator import stack_of
@@ -33,7 +34,7 @@ class Coordinator:
             self._is_clean_stop = lambda error: isinstance(error, kinds)
         self._lock = threading.Lock()
         self._newest = self._new_round()
-        self._earlier: dict[int, supervise_core.Coordinator] = {}
+        self._earlier: WeakKeyDictionary[threading.Thread, supervise_core.Coordinator] = WeakKeyDictionary()
 
     def request_stop(self, ex: BaseException | ExcInfo | None = None) -> None:
         """Ask the threads to stop; ``join`` raises the first error ``ex``, an exception or an ``exc_info`` triple.
@@ -118,7 +119,7 @@ class Coordinator:
         """That of the calling thread."""
         if not self._earlier:
             return self._newest
-        return self._earlier.get(threading.get_ident(), self._newest)
+        return self._earlier.get(threading.current_thread(), self._newest)
 
     def _new_round(self) -> supervise_core.Coordinator:
         return supervise_core.Coordinator(is_clean_stop=self._is_clean_stop)
@@ -126,11 +127,10 @@ class Coordinator:
     def begin(self, newest: supervise_core.Coordinator) -> None:
         """Make this the round of all threads but those that are left of earlier ones."""
         with self._lock:
-            alive = {thread.ident for thread in threading.enumerate()}
-            self._earlier = {ident: round_ for ident, round_ in self._earlier.items() if ident in alive}
+            kept = {thread: round_ for thread, round_ in self._earlier.items() if thread.is_alive()}
             if self._newest.should_stop():
-                left = {thread.ident for thread in self._newest.live_threads() if thread.ident is not None}
-                self._earlier |= dict.fromkeys(left - self._earlier.keys(), self._newest)
+                kept = dict.fromkeys(self._newest.live_threads(), self._newest) | kept
+            self._earlier = WeakKeyDictionary(kept)
             for thread in self._newest.registered_threads:  # nobody has joined for them
                 newest.register(thread)
             self._newest = newest

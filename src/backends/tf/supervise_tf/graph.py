@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -28,6 +29,7 @@ from supervise_tf.stored_tensors import VARIABLES, from_tree, to_tree
 _log = logging.getLogger(__name__)
 
 _OWN_PART: Final = "tf"
+_SESSION_CODE: Final = tf.compat.v1.Session.run.__code__.co_filename
 _NAMES_SHOWN: Final = 10
 
 
@@ -68,7 +70,7 @@ class GraphBackend(Backend[Any]):
         if step is not None:
             self.step_name = step.op.name
         self._last_step = 0
-        self._warned = False
+        self._warned = self._warned_of_step = False
         self._fetch_step: tuple[Any, Any] | None = None
         self._can_summarise = self._check_summary()
 
@@ -81,6 +83,9 @@ class GraphBackend(Backend[Any]):
 
     def close_session(self, session: Any) -> None:
         session.close()
+
+    def is_blocking(self, frame: FrameType) -> bool:
+        return frame.f_code.co_filename == str(_SESSION_CODE)
 
     def free_threads(self, session: Any) -> None:
         """Close the session: whoever waits in ``session.run`` for a queue, say, is told that it was cancelled."""
@@ -120,7 +125,11 @@ class GraphBackend(Backend[Any]):
         try:
             self._last_step = _integer(self._fetch_step[1]())
         except (tf.errors.OpError, RuntimeError) as error:
-            _log.warning("the global step cannot be read any more (%s); it was %d", error, self._last_step)
+            if not self._warned_of_step:
+                self._warned_of_step = True
+                _log.warning(
+                    "the global step cannot be read (%s); it was %d when it last could", error, self._last_step
+                )
         return self._last_step
 
     def summary(self, session: Any) -> Mapping[str, Any] | bytes:

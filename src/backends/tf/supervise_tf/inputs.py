@@ -30,6 +30,9 @@ _DRAWING_OPS: Final = frozenset({
 })  # fmt: skip
 """Ops that keep a random state of their own, which no session gives out and no checkpoint can hold."""
 
+_CLOSED: Final = ("closed Session", "Session has been closed")
+"""What ``session.run``, and what ``session.make_callable`` gives, say of a session that was closed."""
+
 
 def is_end_of_input(error: BaseException) -> bool:
     """Whether an error says that the input is exhausted.
@@ -57,7 +60,7 @@ def is_end_of_session(error: BaseException) -> bool:
     """Whether an error only says that its session, or the queue that it waited at, was closed."""
     if isinstance(error, tf.errors.CancelledError):
         return True
-    return isinstance(error, RuntimeError) and "closed Session" in str(error)
+    return type(error) is RuntimeError and any(text in str(error) for text in _CLOSED)
 
 
 def ancestors(outputs: Iterable[Any]) -> set[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from supervise_core.session_manager import Recovery, Resume
 from supervise_tf.bundle_store import BundleStore
 from supervise_tf.graph import GraphBackend, run_saved_model_initialisers
 from supervise_tf.graph_operations import GraphOperations
+
+_log = logging.getLogger(__name__)
 
 _POLL_AT_MOST: Final = 1.0
 
@@ -151,6 +154,9 @@ class SessionManager:
         if saver is None or not checkpoint_dir:
             return supervise_core.SessionManager(backend, operations, longest_poll=self._longest_poll)
         store = self.store_of(os.fspath(checkpoint_dir))
+        if not store.checkpoints() and (named := store.named_elsewhere()) is not None:
+            _log.warning("%s has no checkpoint of its own; going on from %s, as its state file says", store.path, named)
+            return _OneFile(backend, operations, saver, str(named))
         return _OneDirectory(backend, operations, store, saver, longest_poll=self._longest_poll)
 
     @contextmanager

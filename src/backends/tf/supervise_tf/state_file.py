@@ -46,6 +46,15 @@ class StateFile:
             raise ValueError(f"{self._path} is no checkpoint state: {error}") from error
         return os.path.basename(state.model_checkpoint_path) or None
 
+    def named_paths(self) -> list[Path]:
+        """Where what it calls the newest may be: beside it, or where it says."""
+        name = self.newest()
+        if name is None:
+            return []
+        state = _empty_state()
+        text_format.Parse((self._content() or b"").decode(), state)
+        return [self._path.parent / name, self._path.parent / state.model_checkpoint_path]
+
     def exists(self) -> bool:
         """Whether there is one."""
         return os.path.lexists(self._path)

@@ -19,7 +19,7 @@ from supervise_tf.graph_operations import USE_DEFAULT, GraphOperations
 from supervise_tf.queue_runners import start_queue_runners
 from supervise_tf.session_manager import SessionManager
 from supervise_tf.summary_writer import SummaryWriter
-from supervise_tf.supervisor_plan import plan_of, summary_bytes, verify_devices
+from supervise_tf.supervisor_plan import local_path, plan_of, summary_bytes, verify_devices
 
 _SECONDS_OF_SUMMARIES: Final = 120
 _SECONDS_OF_CHECKPOINTS: Final = 600
@@ -77,7 +77,8 @@ class Supervisor:
         :param stop_grace_secs: how long threads have to end after a stop.
         :param summary_writer: a writer of your own, which stays yours to close; None: no events.
         :raises RuntimeError: if TensorFlow executes eagerly here; build the model ``with tf.Graph().as_default():``.
-        :raises ValueError: if a number of seconds is negative, or, on a non-chief, a variable has no device.
+        :raises ValueError: if the logdir is in no local file system, a number of seconds is negative, or, on a
+            non-chief, a variable has no device.
         """
         if tf.executing_eagerly():
             raise RuntimeError(
@@ -93,7 +94,7 @@ class Supervisor:
         if not is_chief:
             verify_devices(self._operations.graph)
         self._is_chief = is_chief
-        self._logdir = os.fspath(logdir) if is_chief and logdir else None
+        self._logdir = local_path(os.fspath(logdir)) if is_chief and logdir else None
         self._save_summaries_secs = save_summaries_secs if is_chief else None
         self._save_model_secs = save_model_secs if is_chief else None
         self._save_path = os.path.join(self._logdir, checkpoint_basename) if self._logdir else None

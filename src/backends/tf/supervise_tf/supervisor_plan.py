@@ -138,6 +138,20 @@ def _retention(saver: Any) -> Retention:
     return newest | KeepEverySeconds(hours * 3600) if 0 < hours < 10000 else newest
 
 
+def local_path(logdir: str) -> str:
+    """A log directory without ``file://``.
+
+    :raises ValueError: if it is in another file system than the local one.
+    """
+    scheme, separator, path = logdir.partition("://")
+    if not separator or scheme == "file":
+        return path if separator else logdir
+    raise ValueError(
+        f"logdir={logdir!r} is in a file system ({scheme}) that cannot rename and sync as a checkpoint needs it; "
+        "use a local or mounted directory, and copy from there"
+    )
+
+
 def verify_devices(graph: Any) -> None:
     """:raises ValueError: if a variable has no device: it would not be the one that the chief initialises."""
     for operation in graph.get_operations():
