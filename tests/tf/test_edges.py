@@ -125,6 +125,20 @@ def test_a_loop_that_neither_counts_nor_asks_is_saved_in_every_run(tmp_path: Pat
             assert sess.run(model.w) == expected
 
 
+def test_a_loop_that_does_not_hear_the_stop_is_saved_beside_until_it_ends(tmp_path: Path) -> None:
+    model = Model(tmp_path, save_model_secs=600)
+    with model.sv.managed_session() as sess:
+        sess.run(model.train)
+        eventually(lambda: model.sv.report.saves == 1)
+        model.sv.request_stop()
+        eventually(lambda: model.sv.report.saves == 2, timeout=30)
+        assert not manifests(tmp_path)["model.ckpt-1"].consistent
+        sess.run(model.train)
+    found = manifests(tmp_path)
+    assert found["model.ckpt-2"].consistent
+    assert model.sv.report.exit_status == 0
+
+
 @pytest.mark.parametrize("logdir", ["gs://bucket/run", "s3://bucket/run", "hdfs:///run"])
 def test_a_logdir_that_is_not_local_is_refused(logdir: str) -> None:
     with pytest.raises(ValueError, match="use a local or mounted directory"):
