@@ -76,9 +76,9 @@ class Run(Generic[SessionT]):
             if not opening.wait_for_checkpoint:
                 self._take_lease(road)
             self.session = self._bring_up(opening)
+            road.callback(self._close_session)
             if opening.wait_for_checkpoint:  # somebody else writes there until then
                 self._take_lease(road)
-            road.callback(self._close_session)
             self._place_boundary(road)
             road.push(self._close_events_on_failure)
             self._open_events()

@@ -192,8 +192,12 @@ class EventLog(EventSink):
     """One event file in a directory."""
 
     def __init__(self, logdir: Path, clock: Clock) -> None:
-        """Opens a new file, later in name than every other one there, and announces the format in it."""
+        """Opens a new file, later in name than every other one there, and announces the format in it.
+
+        The directory is made if it is not there.
+        """
         super().__init__(clock)
+        logdir.mkdir(parents=True, exist_ok=True)
         self._waiting: list[bytes] = []
         self._failing = False
         self.path, self._descriptor = _create_event_file(logdir, clock)

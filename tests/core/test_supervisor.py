@@ -337,3 +337,36 @@ def test_another_error_after_a_signal_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broken"):
         fail_after_a_signal(sv, ValueError("broken"))
     assert sv.report.exit_status == 1
+
+
+# ---- runs that save nothing
+
+
+def test_a_run_that_saves_nothing_writes_summaries_and_takes_no_lease(tmp_path: Path) -> None:
+    writer = supervisor(tmp_path / "new" / "run")
+    with writer.managed_session() as sess:
+        reader = Supervisor(ArrayBackend({"w": np.zeros(1)}), tmp_path / "new" / "run", saver=None)
+        with reader.managed_session():
+            assert reader.report.restored is None
+        sess.global_step += 1
+    alone = Supervisor(ArrayBackend({"w": np.zeros(1)}), tmp_path / "other" / "run", saver=None)
+    with alone.managed_session() as sess:
+        sess.global_step += 1
+    assert len(list((tmp_path / "other" / "run").iterdir())) == 1
+
+
+def test_a_chief_may_wait_for_a_checkpoint_of_somebody_else(tmp_path: Path) -> None:
+    with supervisor(tmp_path / "first").managed_session() as sess:
+        sess.global_step += 7
+    waiting = supervisor(tmp_path / "second")
+
+    def bring() -> None:
+        (tmp_path / "second").mkdir()
+        (tmp_path / "first" / "model.ckpt-7").rename(tmp_path / "second" / "model.ckpt-7")
+
+    messenger = threading.Timer(0.2, bring)
+    messenger.start()
+    with waiting.managed_session(wait_for_checkpoint=True, max_wait_secs=60) as sess:
+        assert sess.global_step == 7
+    messenger.join()
+    assert waiting.report.restored == "model.ckpt-7"

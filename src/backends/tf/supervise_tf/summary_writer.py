@@ -43,7 +43,6 @@ class _EventFiles:
     def __init__(self, logdir: Path, clock: Clock) -> None:
         self._logdir = logdir
         self._clock = clock
-        logdir.mkdir(parents=True, exist_ok=True)
         self._closed_by_program = False
         self.log = EventLog(logdir, clock)
 
