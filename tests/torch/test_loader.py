@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,3 +163,20 @@ def test_a_shorter_stream_is_an_error_that_says_so(tmp_path: Path) -> None:
     train(tmp_path, DataLoader(Stream(), batch_size=4), 5)
     with pytest.raises(DataPositionError, match="has 2 batches where the checkpoint says that 5"):
         train(tmp_path, DataLoader(Stream(8), batch_size=4))
+
+
+_ORPHAN = """
+import subprocess, sys
+from supervise_torch.loader import _die_with_parent
+ended = subprocess.Popen([sys.executable, "-c", ""])
+ended.wait()
+print("waiting", flush=True)
+_die_with_parent(ended.pid)
+print("lives on", flush=True)
+"""
+
+
+def test_a_worker_whose_parent_was_killed_before_it_began_ends(tmp_path: Path) -> None:
+    """Nothing else would end it: PyTorch's watchdog only notices a parent that is lost later."""
+    done = subprocess.run([sys.executable, "-c", _ORPHAN], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "waiting\n")

@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -287,9 +288,24 @@ class _WorkerInit:
 
 
 def _die_with_parent(parent: int) -> None:
-    """Ask the kernel to end this process with its parent; elsewhere PyTorch's own watchdog does, within seconds."""
-    if sys.platform == "linux" and os.getppid() == parent:
+    """Ask the kernel to end this process with its parent; elsewhere PyTorch's own watchdog does, within seconds.
+
+    A parent killed before that is missed by nobody: PyTorch takes the process that adopted this one for the parent.
+    """
+    if sys.platform != "linux":
+        return
+    if os.getppid() == parent:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent and not _is_running(parent):
+        os._exit(1)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def _is_drawn_at_once(sampler: Any) -> bool:
