@@ -81,6 +81,7 @@ class Checkpointer:
         self._held: PendingSave | None = None
         self._failures = 0
         self._known: dict[CheckpointId, Kept] = {}
+        self._branch: set[CheckpointId] = set()
         self._thread: threading.Thread | None = None
         self._taking = threading.Lock()
         self._final_error: BaseException | None = None
@@ -89,6 +90,7 @@ class Checkpointer:
 
     def start(self) -> None:
         """Start the writer."""
+        self._branch = set(self._store.checkpoints())
         self._thread = threading.Thread(target=self._write_until_told, name="supervise-core checkpoints", daemon=True)
         self._thread.start()
 
@@ -259,11 +261,15 @@ class Checkpointer:
         self._committed(self._report.last_saved, pending.step)
         self._known.pop(committed, None)
         self._retire_later(pending.step)
+        self._branch.add(committed)
         prune(self._store, self._keep, self._known)
 
     def _retire_later(self, step: int) -> None:
-        """The program set its step back: what bears a higher one is of a branch that is gone on with no more."""
-        later = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step > step]
+        """The program set its step back: what bears a higher one is of a branch that is gone on with no more.
+
+        That is what was there before or is our own; the program itself may have saved a later step just now.
+        """
+        later = [there for there in self._store.checkpoints() if there.step > step and there in self._branch]
         for checkpoint in later:
             self._store.retire(checkpoint)
         if later:

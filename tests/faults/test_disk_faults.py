@@ -226,7 +226,7 @@ def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
     try:
         yield path
     finally:
-        subprocess.run(["umount", str(path)], check=True)
+        subprocess.run(["umount", "--lazy", str(path)], check=True)  # whoever still looks at it may
 
 
 def test_a_disk_that_fills_up_during_200_saves(small_disk: Path) -> None:
