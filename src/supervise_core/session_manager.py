@@ -38,6 +38,8 @@ Resume = str | os.PathLike[str]
 
 _FIRST_POLL: Final = 0.01
 _SAY_EVERY: Final = 10.0
+_MOST_OF_ONE_RUN: Final = 2
+"""As the next, where the older one is what their run began with; a few come of a first step that takes long."""
 _MOST_PASSED_OVER: Final = 4
 """So many checkpoints that may mix two steps are passed over for one that does not; of more, the newest is taken."""
 
@@ -297,7 +299,8 @@ class SessionManager(Generic[SessionT]):
                 self._put_aside(store, checkpoint, error.reason)
                 continue
             began = 0 if second_best is None else second_best[1].run_state.get("began", 0)
-            if second_best is not None and (began >= checkpoint.step or passed_over > _MOST_PASSED_OVER):
+            limit = _MOST_OF_ONE_RUN if began >= checkpoint.step else _MOST_PASSED_OVER
+            if second_best is not None and passed_over > limit:
                 _log.warning("going on from %s, which may mix two steps: %s is too old", second_best[0], name)
                 break
             if content.manifest.consistent or checkpoint == preferred:
