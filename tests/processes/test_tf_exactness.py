@@ -70,7 +70,7 @@ def test_tf_killed_anywhere(tmp_path: Path, mode: str, kind: str, count: int, se
     often = ("--save-secs=0.04", "--pause=0.01")
     kills = inside_a_save = attempts = resumed = 0
     logdir = tmp_path / "first"
-    while kills < count and attempts < 6 * count + 12:
+    while kills < count and attempts < 3 * count + 3:
         attempts += 1
         begun = step_to_come(logdir)
         inside = kills % 2 == 0
@@ -78,7 +78,7 @@ def test_tf_killed_anywhere(tmp_path: Path, mode: str, kind: str, count: int, se
         with started(PROGRAM, logdir, *arguments, *often, *extra) as running:
             if not inside:
                 running.wait_for(1 + chance.randrange(max(1, (STEPS - begun) // 2)))
-                eventually(lambda here=logdir: step_to_come(here) > 0 or running.process.poll() is not None, timeout=60)
+                eventually(lambda here=logdir: step_to_come(here) > 0 or running.process.poll() is not None)
                 running.process.kill()
             part = running.end()
         assert part.status in (-9, 0), part.errors
@@ -91,9 +91,8 @@ def test_tf_killed_anywhere(tmp_path: Path, mode: str, kind: str, count: int, se
             check_end(part, whole)
             logdir = tmp_path / f"after {kills} kills, {attempts}"
     assert kills == count
-    if count >= 10:  # of a few kills, chance decides when they come
-        assert inside_a_save >= count // 3
-        assert resumed
+    assert inside_a_save >= count // 3
+    assert resumed or count < 3
     begun = step_to_come(logdir)
     last = run(PROGRAM, logdir, *arguments)
     check_part(last, whole, begun)
