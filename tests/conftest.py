@@ -10,7 +10,10 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -65,3 +68,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("campaigns")
         for name, outcome, figures, seconds in _campaigns:
             terminalreporter.write_line(f"{outcome} {name}: {figures}, {seconds:.1f} s")
+
+
+@pytest.fixture
+def copy_as_killed() -> Callable[[Path, Path], None]:
+    """Copies of a log directory that is written to, as a process would leave it that is killed at that moment."""
+
+    def copy(running: Path, killed: Path) -> None:
+        for _ in range(50):  # a file may be pruned while it is copied; then all is copied anew
+            try:
+                shutil.copytree(running, killed, ignore=shutil.ignore_patterns(".work", "checkpoint"))
+            except (shutil.Error, FileNotFoundError):
+                shutil.rmtree(killed, ignore_errors=True)
+            else:
+                return
+        raise AssertionError("something was pruned during each of 50 copies")
+
+    return copy

@@ -174,7 +174,7 @@ class RunSaver:
         if not self._warned_of_concurrency:
             self._warned_of_concurrency = True
             _log.warning(
-                "a step was made by another thread while a checkpoint was taken, and may mix two steps. "
+                "another thread made a step while a checkpoint was taken, which may mix two steps and is marked so. "
                 "Have the thread that opened the session train, or let the others pause while it asks should_stop()."
             )
 

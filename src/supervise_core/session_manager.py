@@ -283,8 +283,9 @@ class SessionManager(Generic[SessionT]):
         return content
 
     def _newest_good(self, store: CheckpointStore) -> CheckpointContent | None:
-        """The newest that was taken at a step boundary; but the newest of all, if its run began with that, or too many
-        came after it. A program that never comes to a boundary, or whose other threads train, would else lose too much.
+        """The newest that was taken at a step boundary; but the newest of all, if too many came after that one.
+
+        A program that never comes to a boundary, or whose other threads train, would else lose too much.
         """
         second_best: tuple[str, CheckpointContent] | None = None
         passed_over = 0

@@ -28,7 +28,11 @@ from supervise_core import (
     Staging,
     Supervisor,
 )
+from supervise_core.checkpoint_files import write_snapshot
+from supervise_core.checkpoint_format import CheckpointId
+from supervise_core.manifest import Manifest
 from supervise_core.operations import USE_BACKEND, Operations
+from supervise_core.tagged_json import encode
 from supervise_core.testing.clock import FakeClock
 from supervise_numpy import ArrayBackend
 
@@ -492,3 +496,47 @@ def test_a_wait_of_no_seconds_asks_once() -> None:
     waiting = Waiting(0)
     with pytest.raises(ReadinessTimeoutError, match="waited 0 s"):
         waiting.future.result(10)
+
+
+# ---- which of several checkpoints is gone on from
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ("10+ 11- 12-", 10),
+        ("10+ 11- 12- 13- 14-", 10),
+        ("10+ 11- 12- 13- 14- 15-", 15),
+        ("10+ 11-/10 12-/10", 10),
+        ("10+ 11-/10 12-/10 13-/10", 13),
+        ("10+ 11+ 12-/10 13-/10 14-/10", 11),
+        ("11- 12-", 12),
+        ("10+ 11- 12+", 12),
+    ],
+)
+def test_one_that_may_mix_two_steps_is_passed_over_unless_too_much_were_lost(
+    there: str, expected: int, tmp_path: Path
+) -> None:
+    """``12-/10`` is of step 12, was not taken at a boundary, and its run began at step 10."""
+    store = DirectoryStore(tmp_path)
+    with store.writing():
+        for word in there.split():
+            name, _, began = word.partition("/")
+            step = int(name[:-1])
+            session = (backend := ArrayBackend({"w": np.full(1, float(step))})).create_session()
+            session.global_step = step
+            draft = store.begin(CheckpointId(step))
+            state = encode({"data": None, "events": [], "began": int(began or 0)}, "the run")
+            files = write_snapshot(draft, backend.snapshot(session, Staging()), state)
+            draft.commit(
+                Manifest(
+                    step=step, backend="numpy", wall_time=0.0, parts=("model", "random"), files=files,
+                    consistent=name.endswith("+"),
+                )
+            )  # fmt: skip
+        w = np.zeros(1)
+        manager = SessionManager(ArrayBackend({"w": w}), store=store)
+        manager.prepare_session()
+    assert w[0] == expected
+    assert manager.recovery.restored == f"model.ckpt-{expected}"
+    assert store.checkpoints()[-1].step == expected, "what was passed over is out of the way"
