@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from supervise_core.hookspecs import BackendInfo, hookimpl
     from supervise_core.looper import Looper
     from supervise_core.operations import USE_BACKEND
+    from supervise_core.parts import Part, Parts
     from supervise_core.readiness import NotReady, Readiness, Ready
     from supervise_core.reading import CheckpointDirectory, SavedCheckpoint
     from supervise_core.report import RunReport
@@ -66,7 +67,8 @@ if TYPE_CHECKING:
     from supervise_core.retrying import retry
     from supervise_core.services import Service, ServiceContext
     from supervise_core.session_manager import SessionManager
-    from supervise_core.snapshot import Part, Parts, Snapshot, Staging
+    from supervise_core.snapshot import Snapshot
+    from supervise_core.staging import Staging
     from supervise_core.summaries import Histogram, Image, Text
     from supervise_core.supervisor import Supervisor
     from supervise_core.tensors import TensorCodec
@@ -170,6 +172,7 @@ _MODULES = {
     "hookspecs": ("BackendInfo", "hookimpl"),
     "looper": ("Looper",),
     "operations": ("USE_BACKEND",),
+    "parts": ("Part", "Parts"),
     "readiness": ("NotReady", "Readiness", "Ready"),
     "reading": ("CheckpointDirectory", "SavedCheckpoint"),
     "report": ("RunReport",),
@@ -177,7 +180,8 @@ _MODULES = {
     "retrying": ("retry",),
     "services": ("Service", "ServiceContext"),
     "session_manager": ("SessionManager",),
-    "snapshot": ("Part", "Parts", "Snapshot", "Staging"),
+    "snapshot": ("Snapshot",),
+    "staging": ("Staging",),
     "summaries": ("Histogram", "Image", "Text"),
     "supervisor": ("Supervisor",),
     "tensors": ("TensorCodec",),

@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from supervise_core.data_source import BatchSource, ReplayedSource, StatefulSource, is_stateful
 from supervise_core.numpy_codec import NumpyCodec
+from supervise_core.parts import Parts
 from supervise_core.process_random import RandomState, process_random_state, seed_process, set_process_random_state
 from supervise_core.readiness import Readiness, Ready
 from supervise_core.services import Service
-from supervise_core.snapshot import Parts, Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 from supervise_core.tensors import TensorCodec
 
 SessionT = TypeVar("SessionT")

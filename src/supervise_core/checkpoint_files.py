@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import xxhash
+
 from supervise_core.checkpoint_format import (
+    Base,
     CheckpointContent,
     CheckpointFormat,
     CheckpointReader,
     Draft,
+    PlacedPart,
+    Shard,
     Written,
 )
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.manifest import LARGEST_STATE, STATE, FileRecord, Manifest, check_file_name, hash_of
-from supervise_core.safetensors_format import parse, parse_json_object
-from supervise_core.snapshot import Part, PartImage, Snapshot
+from supervise_core.memory import in_blocks
+from supervise_core.parts import Part, ReadTensors, Target
+from supervise_core.safetensors_format import parse_json_object
+from supervise_core.sharing import place
+from supervise_core.snapshot import FileImage, Snapshot
 from supervise_core.tagged_json import Json, decode
+from supervise_core.tensor_files import TensorFile
 from supervise_core.tensors import TensorSpec
 
 
-def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json) -> dict[str, FileRecord]:
-    """Write the files of a snapshot into a draft: each part's tensors, and all else. Their sizes and hashes.
+def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
+    """Write the files of a snapshot into a draft: each part's tensors, and all else.
 
+    What did not change since ``base``, the checkpoint before this one, is shared with it.
     ``run_state`` is what the core itself keeps (data positions and the like), as tagged JSON.
     """
     snapshot.finish()
     records: dict[str, FileRecord] = {}
-    with ThreadPoolExecutor(1, "supervise-core hashes") as hashing:  # while the disk writes, as both let go of the GIL
-        for part in snapshot.parts.values():
-            for image in part.files:
-                hashed = hashing.submit(hash_of, [image.content])
-                draft.write_image(image)
-                records[image.name] = FileRecord(image.content.nbytes, hashed.result())
-            if len(part.files) > 1:
-                _write_small(draft, _index_name(part.name), _index_of(part), records)
+    placed: dict[str, PlacedPart] = {}
+    for part in snapshot.parts.values():
+        placement = place(draft, part, base)
+        for shard in placement.linked:
+            records[shard.file] = shard.record
+        written = [Shard(file.name, write_image(draft, file), _sizes(file)) for file in placement.files]
+        records |= {shard.file: shard.record for shard in written}
+        placed[part.name] = PlacedPart([*placement.linked, *written], part.number)
+        if len(placed[part.name].shards) > 1:
+            index = _index_of(placed[part.name].shards)
+            _write_small(draft, index_name(part.name), index, records)
     state = {"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state}
     _write_small(draft, STATE, state, records)
-    return records
+    return Written(records, placed=placed)
+
+
+def write_image(draft: Draft, image: FileImage) -> FileRecord:
+    """Write one file of tensors; its size and hash."""
+    if image.blocks is None:
+        digest = xxhash.xxh3_128()
+        draft.write_blocks(image.name, in_blocks(image.chunks(), image.size, digest.update), image.size)
+        return FileRecord(image.size, digest.hexdigest())
+    with ThreadPoolExecutor(1, "supervise-core hashes") as hashing:  # while the disk writes, as both let go of the GIL
+        hashed = hashing.submit(hash_of, image.chunks())
+        draft.write_blocks(image.name, [image.blocks], image.size)
+        return FileRecord(image.size, hashed.result())
 
 
 def check_state_size(snapshot: Snapshot, run_state: Json) -> None:
@@ -47,8 +73,8 @@ def check_state_size(snapshot: Snapshot, run_state: Json) -> None:
     _state_bytes({"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state})
 
 
-def read_checkpoint(reader: CheckpointReader, only: str | None = None) -> CheckpointContent:
-    """Read and verify a whole checkpoint, or of its parts only one.
+def read_checkpoint(reader: CheckpointReader) -> CheckpointContent:
+    """What is in a checkpoint: everything but the tensors is read and verified, and of those, what is where.
 
     :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
     :raises OSError: as the storage fails.
@@ -58,18 +84,15 @@ def read_checkpoint(reader: CheckpointReader, only: str | None = None) -> Checkp
     state = files.state()
     parts: dict[str, Part] = {}
     for name in manifest.parts:
-        if only is not None and name != only:
-            continue
-        parts[name] = Part(name, state["parts"][name], files.tensors(name))
-    if only is None:
-        files.read_the_rest()
+        tensors, read = files.tensors(name)
+        parts[name] = Part(name, state["parts"][name], tensors, read)
     try:
         for part in parts.values():
-            _exhaust(part.stored_tensors())
+            part.stored_tensors()
         run_state = decode(state["run"])
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(reader.name, f"{STATE}: {error}") from error
-    return CheckpointContent(manifest, parts, run_state)
+    return CheckpointContent(manifest, parts, run_state, files.verify)
 
 
 def verify_checkpoint(reader: CheckpointReader) -> Manifest:
@@ -77,7 +100,9 @@ def verify_checkpoint(reader: CheckpointReader) -> Manifest:
 
     :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
     """
-    return read_checkpoint(reader).manifest
+    content = read_checkpoint(reader)
+    content.verify()
+    return content.manifest
 
 
 class SafetensorsFormat(CheckpointFormat):
@@ -86,27 +111,21 @@ class SafetensorsFormat(CheckpointFormat):
     def check(self, snapshot: Snapshot, run_state: Json) -> None:
         check_state_size(snapshot, run_state)
 
-    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json) -> Written:
-        return Written(write_snapshot(draft, snapshot, run_state))
+    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
+        return write_snapshot(draft, snapshot, run_state, base)
 
-    def read(self, reader: CheckpointReader, only: str | None = None) -> CheckpointContent:
-        return read_checkpoint(reader, only)
+    def read(self, reader: CheckpointReader) -> CheckpointContent:
+        return read_checkpoint(reader)
 
 
 class _Files:
-    """The files of one checkpoint, each read once and verified when it is."""
+    """The files of one checkpoint, verified when they are read."""
 
     def __init__(self, reader: CheckpointReader, manifest: Manifest) -> None:
         self._reader = reader
         self._records = manifest.files
         self._parts = manifest.parts
-        self._read: set[str] = set()
-
-    def content(self, file: str) -> bytearray:
-        if file not in self._records:
-            raise self._damaged(file, "it is not in the manifest")
-        self._read.add(file)
-        return self._reader.read(file, self._records[file])
+        self._verified: set[str] = set()
 
     def state(self) -> dict[str, Json]:
         record = self._records.get(STATE)
@@ -119,27 +138,45 @@ class _Files:
             case _:
                 raise self._damaged(STATE, "it does not hold the parts that the manifest names")
 
-    def tensors(self, part: str) -> dict[str, tuple[TensorSpec, memoryview]]:
+    def tensors(self, part: str) -> tuple[Mapping[str, TensorSpec], ReadTensors]:
         """The tensors of a part: from its one file, from the shards that its index names, or none."""
-        single, index = f"{part}.safetensors", _index_name(part)
+        single, index = f"{part}.safetensors", index_name(part)
         if index in self._records:
             return self._sharded(index)
-        return self._safetensors(single) if single in self._records else {}
+        if single not in self._records:
+            return {}, partial(self._read, {}, {})
+        file = self._file(single)
+        return file.tensors, partial(self._read, {single: file}, dict.fromkeys(file.tensors, single))
 
-    def read_the_rest(self) -> None:
-        for file in sorted(set(self._records) - self._read):
-            self.content(file)
+    def verify(self, again: bool) -> None:
+        """Verify the files that were not read yet, or all of them."""
+        for file in sorted(self._records if again else set(self._records) - self._verified):
+            self._reader.verify(file, self._records[file])
 
-    def _sharded(self, index: str) -> dict[str, tuple[TensorSpec, memoryview]]:
+    def _sharded(self, index: str) -> tuple[Mapping[str, TensorSpec], ReadTensors]:
         match self._json(index):
-            case {"weight_map": dict() as weight_map} if all(isinstance(file, str) for file in weight_map.values()):
-                shards = {file: self._safetensors(self._checked(index, file)) for file in set(weight_map.values())}
+            case {"weight_map": dict() as places} if all(isinstance(file, str) for file in places.values()):
+                files = {file: self._file(self._checked(index, file)) for file in sorted(set(places.values()))}
             case _:
                 raise self._damaged(index, "it is not the index of a sharded file")
-        missing = [name for name, file in weight_map.items() if name not in shards[file]]
+        held = {file: opened.tensors for file, opened in files.items()}
+        missing = [name for name, file in places.items() if name not in held[file]]
         if missing:
             raise self._damaged(index, f"the shards lack {missing[0]!r}")
-        return {name: shards[file][name] for name, file in weight_map.items()}
+        return {name: held[file][name] for name, file in places.items()}, partial(self._read, files, places)
+
+    def _read(self, files: Mapping[str, TensorFile], places: Mapping[str, str], targets: Mapping[str, Target]) -> None:
+        wanted: dict[str, dict[str, Target]] = {file: {} for file in files}
+        for name, target in targets.items():
+            wanted[places[name]][name] = target
+        for file, opened in files.items():
+            opened.read(wanted[file])
+            self._verified.add(file)
+
+    def _file(self, file: str) -> TensorFile:
+        if file not in self._records:
+            raise self._damaged(file, "it is not in the manifest")
+        return TensorFile(self._reader, file, self._records[file])
 
     def _checked(self, index: str, file: str) -> str:
         try:
@@ -147,33 +184,33 @@ class _Files:
         except ValueError as error:
             raise self._damaged(index, str(error)) from error
 
-    def _safetensors(self, file: str) -> dict[str, tuple[TensorSpec, memoryview]]:
-        try:
-            return parse(self.content(file))
-        except ValueError as error:
-            if isinstance(error, CheckpointDamagedError):
-                raise
-            raise self._damaged(file, str(error)) from error
-
     def _json(self, file: str) -> dict[str, Any]:
+        if file not in self._records:
+            raise self._damaged(file, "it is not in the manifest")
+        content = self._reader.read(file, self._records[file])
+        self._verified.add(file)
         try:
-            return parse_json_object(self.content(file))
+            return parse_json_object(content)
         except ValueError as error:
-            if isinstance(error, CheckpointDamagedError):
-                raise
             raise self._damaged(file, str(error)) from error
 
     def _damaged(self, file: str, reason: str) -> CheckpointDamagedError:
         return CheckpointDamagedError(self._reader.name, f"{file}: {reason}")
 
 
-def _index_name(part: str) -> str:
+def index_name(part: str) -> str:
+    """The name of the file that says which shard holds which tensor of a part."""
     return f"{part}.safetensors.index.json"
 
 
-def _index_of(part: PartImage) -> dict[str, Json]:
-    weight_map = {tensor: image.name for image in part.files for tensor in image.tensors}
-    return {"metadata": {"total_size": part.tensor_bytes}, "weight_map": weight_map}
+def _sizes(image: FileImage) -> dict[str, int]:
+    return {tensor.spec.name: tensor.spec.nbytes for tensor in image.tensors}
+
+
+def _index_of(shards: Iterable[Shard]) -> dict[str, Json]:
+    places = {tensor: shard.file for shard in shards for tensor in shard.tensors}
+    size = sum(nbytes for shard in shards for nbytes in shard.tensors.values())
+    return {"metadata": {"total_size": size}, "weight_map": places}
 
 
 def _write_small(draft: Draft, file: str, content: Json, records: dict[str, FileRecord]) -> None:
@@ -187,8 +224,3 @@ def _state_bytes(content: Json) -> bytes:
     if len(data) > LARGEST_STATE:
         raise ValueError(f"what is no tensor takes {len(data)} bytes as JSON, more than {LARGEST_STATE}; use arrays")
     return data
-
-
-def _exhaust(items: Iterator[object]) -> None:
-    for _ in items:
-        continue

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, NamedTuple, Self
 
+from supervise_core.disk import cut_off
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.manifest import LARGEST_MANIFEST, MANIFEST, FileRecord, Manifest, hash_of
-from supervise_core.snapshot import FileImage, Part, Snapshot
+from supervise_core.parts import Part
+from supervise_core.snapshot import Snapshot
 from supervise_core.tagged_json import Json
 
 Chunk = bytes | bytearray | memoryview
+
+_PIECE: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -34,8 +38,10 @@ class CheckpointReader(ABC):
         """The size of a file in bytes; None if the checkpoint has no such regular file."""
 
     @abstractmethod
-    def read_unverified(self, file: str) -> bytearray:
-        """The content of a file that is there.
+    def read_into(self, file: str, at: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers with the content of a file that is there, from that byte on; how many bytes there were.
+
+        Called by several threads at a time.
 
         :raises OSError: as the storage fails.
         """
@@ -70,24 +76,60 @@ class CheckpointReader(ABC):
         if size > LARGEST_MANIFEST:
             raise CheckpointDamagedError(self.name, f"{MANIFEST} has {size} bytes, too many for a manifest")
         try:
-            return Manifest.from_bytes(self.read_unverified(MANIFEST))
+            return Manifest.from_bytes(self.content(MANIFEST))
         except ValueError as error:
             raise CheckpointDamagedError(self.name, f"{MANIFEST}: {error}") from error
+
+    def content(self, file: str, at: int = 0, nbytes: int | None = None) -> bytearray:
+        """What a file holds, unverified; less if there is less.
+
+        :raises OSError: as the storage fails.
+        """
+        content = bytearray((self.size(file) or 0) - at if nbytes is None else nbytes)
+        with memoryview(content) as view:
+            done = self.read_into(file, at, [view]) if content else 0
+        del content[done:]
+        return content
+
+    def check_size(self, file: str, record: FileRecord) -> None:
+        """:raises CheckpointDamagedError: if a file is missing, or has another size than is recorded."""
+        size = self.size(file)
+        if size is None:
+            raise CheckpointDamagedError(self.name, f"{file} is missing")
+        if size != record.size:
+            raise CheckpointDamagedError(self.name, f"{file} has {size} bytes instead of {record.size}")
 
     def read(self, file: str, record: FileRecord) -> bytearray:
         """The content of a file, once its size and hash are found to be as recorded.
 
         :raises CheckpointDamagedError: if they are not.
         """
-        size = self.size(file)
-        if size is None:
-            raise CheckpointDamagedError(self.name, f"{file} is missing")
-        if size != record.size:
-            raise CheckpointDamagedError(self.name, f"{file} has {size} bytes instead of {record.size}")
-        content = self.read_unverified(file)
+        self.check_size(file, record)
+        content = self.content(file)
         if len(content) != record.size or hash_of([content]) != record.xxh3_128:
             raise CheckpointDamagedError(self.name, f"the content of {file} does not match its hash")
         return content
+
+    def verify(self, file: str, record: FileRecord) -> None:
+        """Read a file and keep nothing of it.
+
+        :raises CheckpointDamagedError: if its size or its hash is not as recorded.
+        """
+        self.check_size(file, record)
+        if hash_of(self._pieces(file, record.size)) != record.xxh3_128:
+            raise CheckpointDamagedError(self.name, f"the content of {file} does not match its hash")
+
+    def _pieces(self, file: str, size: int) -> Iterator[bytearray]:
+        for begin in range(0, size, _PIECE):
+            yield self.content(file, begin, min(_PIECE, size - begin))
+
+
+class Link(NamedTuple):
+    """One file that two checkpoints have in common: its name in the new one and in the old one, and its size."""
+
+    file: str
+    there: str
+    size: int
 
 
 class Draft(ABC):
@@ -100,12 +142,23 @@ class Draft(ABC):
         :raises OSError: as the storage fails; the draft is then only good for ``discard``.
         """
 
-    def write_image(self, image: FileImage) -> None:
-        """Write one file that is ready in memory and make it durable.
+    def write_blocks(self, file: str, pieces: Iterable[memoryview], size: int) -> None:
+        """Write one file of ``size`` bytes and make it durable, from memory that may be written from as it is.
+
+        The pieces begin and end at blocks; the last one may go beyond ``size``.
 
         :raises OSError: as the storage fails; the draft is then only good for ``discard``.
         """
-        self.write(image.name, [image.content])
+        self.write(file, cut_off(pieces, size))
+
+    def link(self, checkpoint: CheckpointId, files: Sequence[Link]) -> bool:
+        """Have files of a committed checkpoint in this one, too, without writing them again: all of them, or none.
+
+        False if one is not there any more, or not with that size, or if the storage cannot do that; it says so once.
+
+        :raises OSError: as the storage fails.
+        """
+        return False
 
     @abstractmethod
     def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:
@@ -124,11 +177,49 @@ class Draft(ABC):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointContent:
-    """The verified content of one checkpoint. ``run_state`` is what the core itself keeps: data positions, say."""
+    """The content of one checkpoint. Its tensors are read, and verified, when a part is asked for them.
+
+    ``run_state`` is what the core itself keeps: data positions, say.
+    """
 
     manifest: Manifest
     parts: Mapping[str, Part]
     run_state: Any
+    _verify: Callable[[bool], None] = lambda _: None
+
+    def verify_the_rest(self) -> None:
+        """Verify what nobody has read yet.
+
+        :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
+        """
+        self._verify(False)
+
+    def verify(self) -> None:
+        """Verify everything, whatever was read before.
+
+        :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
+        """
+        self._verify(True)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file with tensors of one part, as it was written once: also those that newer files have taken the place of."""
+
+    file: str
+    record: FileRecord
+    tensors: Mapping[str, int]
+    """The tensors in it that count, with their sizes in bytes."""
+    dead: int = 0
+    """How many bytes are of tensors that do not count any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedPart:
+    """Where a checkpoint has the tensors of a part, from the oldest file to the newest; and of which snapshot."""
+
+    shards: Sequence[Shard]
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +228,15 @@ class Written:
 
     files: Mapping[str, FileRecord]
     run: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    placed: Mapping[str, PlacedPart] = field(default_factory=dict[str, PlacedPart])
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The checkpoint of this run that was committed last: what did not change since need not be written again."""
+
+    checkpoint: CheckpointId
+    placed: Mapping[str, PlacedPart]
 
 
 class CheckpointFormat(ABC):
@@ -147,15 +247,15 @@ class CheckpointFormat(ABC):
         """:raises UnsupportedStateError, ValueError: if this cannot be written in this format."""
 
     @abstractmethod
-    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json) -> Written:
+    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
         """Write the files of a snapshot, all but the manifest, durably into a draft.
 
         :raises OSError: as the storage fails.
         """
 
     @abstractmethod
-    def read(self, reader: CheckpointReader, only: str | None = None) -> CheckpointContent:
-        """Read and verify a whole checkpoint, or of its parts only one.
+    def read(self, reader: CheckpointReader) -> CheckpointContent:
+        """Read a checkpoint as far as it is needed to know what is in it; the reader stays open for the rest.
 
         :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
         :raises OSError: as the storage fails.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from supervise_core.boundary import Appointment
-from supervise_core.checkpoint_format import CheckpointId, Written
+from supervise_core.checkpoint_format import Base, CheckpointId, Written
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock
 from supervise_core.coordinator import Coordinator
@@ -82,6 +82,7 @@ class Checkpointer:
         self._failures = 0
         self._known: dict[CheckpointId, Kept] = {}
         self._branch: set[CheckpointId] = set()
+        self._base: Base | None = None
         self._thread: threading.Thread | None = None
         self._taking = threading.Lock()
         self._final_error: BaseException | None = None
@@ -246,12 +247,13 @@ class Checkpointer:
             return  # what is there is as good or better
         draft = self._store.begin(CheckpointId(pending.step, 0 if older is None else older.revision + 1))
         try:
-            written = self._store.format.write(draft, pending.snapshot, pending.run_state)
+            written = self._store.format.write(draft, pending.snapshot, pending.run_state, self._base)
             manifest = self._manifest(pending, written)
             if older is not None and self._is_same(older, manifest):
                 draft.discard()
                 return
             committed = draft.commit(manifest, replaces=older)
+            self._base = Base(committed, written.placed)
         except Exception:
             _discard(draft.discard)
             raise

@@ -13,25 +13,26 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft
+from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft, Link
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock, SystemClock
-from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_file, write_image
+from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_blocks, write_file
 from supervise_core.errors import CheckpointDamagedError, CheckpointError
 from supervise_core.host import Host
 from supervise_core.lease import Lease, is_lost
 from supervise_core.manifest import MANIFEST, Manifest, check_file_name
-from supervise_core.snapshot import FileImage
 
 _log = logging.getLogger(__name__)
 
 _SET_ASIDE: Final = "set-aside"
 _RETIRED: Final = "retired"
 _REASON: Final = "reason.json"
+_NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
+"""What file systems answer that have no hard links, or not for this file, or not that many."""
 
 
 class DirectoryStore(CheckpointStore):
@@ -56,6 +57,7 @@ class DirectoryStore(CheckpointStore):
         self._disk = disk or Disk()
         self._lease = Lease(self.path, self._disk, clock or SystemClock(), host or Host())
         self._drafts = 0
+        self._said_no_links = False
 
     # ---- the writer
 
@@ -252,14 +254,42 @@ class DirectoryStore(CheckpointStore):
                 raise self._lease.lost() from error
             raise
 
-    def write_image(self, draft: Path, image: FileImage) -> None:
+    def write_blocks(self, draft: Path, file: str, pieces: Iterable[memoryview], size: int) -> None:
         """Write one durable file of a draft past the page cache; for the draft alone."""
         try:
-            write_image(self._disk, draft / image.name, image.blocks, image.content.nbytes)
+            write_blocks(self._disk, draft / file, pieces, size)
         except FileNotFoundError as error:
             if not self._disk.is_directory(self._lease.directory):
                 raise self._lease.lost() from error
             raise
+
+    def link(self, draft: Path, checkpoint: CheckpointId, files: Sequence[Link]) -> bool:
+        """Give files of a checkpoint further names in a draft, all of them or none; for the draft alone."""
+        done: list[Path] = []
+        try:
+            for link in files:
+                self._disk.link(self.path / self.name_of(checkpoint) / link.there, draft / link.file)
+                done.append(draft / link.file)
+                if self._disk.size(draft / link.file) != link.size:
+                    raise FileNotFoundError(errno.ENOENT, "it has another size", link.there)
+        except OSError as error:
+            if not self._disk.is_directory(self._lease.directory):
+                raise self._lease.lost() from error
+            if error.errno not in (errno.ENOENT, *_NO_LINKS):
+                raise
+            for path in done:
+                self._disk.remove_file(path)
+            self._say_no_links(error)
+            return False
+        return True
+
+    def _say_no_links(self, error: OSError) -> None:
+        if error.errno in _NO_LINKS and not self._said_no_links:
+            self._said_no_links = True
+            _log.warning(
+                "%s: what has not changed is written anew into each checkpoint, as no file can have two names there "
+                "(%s)", self.path, error.strerror,
+            )  # fmt: skip
 
     def discard(self, draft: Path) -> None:
         """Remove a draft; for the draft alone."""
@@ -275,9 +305,13 @@ class _DirectoryDraft(Draft):
     def write(self, file: str, chunks: Iterable[Chunk]) -> None:
         self._store.write(self._path, check_file_name(file), chunks)
 
-    def write_image(self, image: FileImage) -> None:
-        check_file_name(image.name)
-        self._store.write_image(self._path, image)
+    def write_blocks(self, file: str, pieces: Iterable[memoryview], size: int) -> None:
+        self._store.write_blocks(self._path, check_file_name(file), pieces, size)
+
+    def link(self, checkpoint: CheckpointId, files: Sequence[Link]) -> bool:
+        for link in files:
+            check_file_name(link.file)
+        return self._store.link(self._path, checkpoint, files)
 
     def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:
         self._store.write(self._path, MANIFEST, [manifest.to_bytes()])
@@ -296,8 +330,8 @@ class _DirectoryReader(CheckpointReader):
     def size(self, file: str) -> int | None:
         return self._directory.size(file) if file in self._directory.files else None
 
-    def read_unverified(self, file: str) -> bytearray:
-        return self._disk.read(self._directory, file)
+    def read_into(self, file: str, at: int, buffers: Sequence[memoryview]) -> int:
+        return self._disk.read_into(self._directory, file, at, buffers)
 
     def close(self) -> None:
         self._directory.close()

@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 from weakref import finalize
@@ -131,6 +131,10 @@ class Disk:
         except FileNotFoundError:
             return False
 
+    def size(self, path: Path) -> int:
+        """The size of a file in bytes."""
+        return os.lstat(path).st_size
+
     def open_directory(self, path: Path, wanted: Callable[[str], bool] | None = None) -> OpenDirectory:
         """Hold a directory and its files (those wanted) open, so that what is there now can be read to the end."""
         return OpenDirectory(path, wanted)
@@ -138,6 +142,10 @@ class Disk:
     def read(self, directory: OpenDirectory, name: str) -> bytearray:
         """The whole content of a file held open."""
         return directory.read(name)
+
+    def read_into(self, directory: OpenDirectory, name: str, at: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers from a file held open, from that byte on; how many bytes there were. From any thread."""
+        return directory.read_into(name, at, buffers)
 
 
 class OpenDirectory:
@@ -164,18 +172,30 @@ class OpenDirectory:
 
     def read(self, name: str) -> bytearray:
         """The whole content of a file; shorter if the file was cut off meanwhile."""
-        descriptor = self.files[name]
         content = bytearray(self.size(name))
-        view = memoryview(content)
-        done = 0
-        while done < len(content):
-            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], done)
+        with memoryview(content) as view:
+            done = self.read_into(name, 0, [view])
+        del content[done:]
+        return content
+
+    def read_into(self, name: str, at: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers from a file, from that byte on; how many bytes there were.
+
+        :raises ValueError: if the directory was closed: its descriptors may be of other files by now.
+        """
+        if not self._finalizer.alive:
+            raise ValueError(f"{self.path.name} was closed; what is wanted of it is read while it is open")
+        descriptor, left, done = self.files[name], list(buffers), 0
+        while left:
+            count = os.preadv(descriptor, left, at + done)
             if not count:
                 break
             done += count
-        view.release()
-        del content[done:]
-        return content
+            while left and count >= left[0].nbytes:
+                count -= left.pop(0).nbytes
+            if left:
+                left[0] = left[0][count:]
+        return done
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The content of a file, piece by piece."""
@@ -237,9 +257,10 @@ def write_file(disk: Disk, path: Path, chunks: Iterable[bytes | bytearray | memo
         disk.close(descriptor)
 
 
-def write_image(disk: Disk, path: Path, blocks: memoryview, size: int) -> None:
-    """Write a new file past the page cache and make its content durable: the first ``size`` bytes of whole blocks.
+def write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int) -> None:
+    """Write a new file past the page cache and make its content durable.
 
+    The pieces begin and end at blocks of ``BLOCK`` bytes; of the last one, what is beyond ``size`` bytes is cut off.
     That is the quickest way to the disk, and the only steady one: what goes through the page cache waits for whatever
     else is in it. Where the file system has no direct writes, it goes through the cache all the same.
     """
@@ -248,21 +269,26 @@ def write_image(disk: Disk, path: Path, blocks: memoryview, size: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        write_file(disk, path, _pieces(blocks[:size]))
+        write_file(disk, path, cut_off(pieces, size))
         return
     try:
-        disk.allocate(descriptor, len(blocks))
-        for piece in _pieces(blocks):
-            disk.write(descriptor, piece)
+        disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
+        for piece in pieces:
+            for begin in range(0, len(piece), _PIECE):
+                disk.write(descriptor, piece[begin : begin + _PIECE])
         disk.truncate(descriptor, size)
         disk.sync(descriptor)
     finally:
         disk.close(descriptor)
 
 
-def _pieces(content: memoryview) -> Iterator[memoryview]:
-    for begin in range(0, len(content), _PIECE):
-        yield content[begin : begin + _PIECE]
+def cut_off(pieces: Iterable[memoryview], size: int) -> Iterator[memoryview]:
+    """The first ``size`` bytes, in pieces that are worth a call each."""
+    left = size
+    for piece in pieces:
+        for begin in range(0, min(left, len(piece)), _PIECE):
+            yield piece[begin : min(begin + _PIECE, left)]
+        left -= min(left, len(piece))
 
 
 def ensure_directory(disk: Disk, path: Path) -> None:

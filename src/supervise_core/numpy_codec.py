@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from supervise_core.tagged_json import Json
-from supervise_core.tensors import Stored, TensorCodec, TensorData
+from supervise_core.tensors import Stored, StoredTensor, TensorCodec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,18 +48,28 @@ class NumpyCodec(TensorCodec["NDArray[Any]"]):
             if array.nbytes:
                 numpy.copyto(numpy.frombuffer(memory, array.dtype).reshape(array.shape), array)
 
-    def read(self, stored: TensorData) -> NDArray[Any]:
+    def empty(self, stored: StoredTensor) -> NDArray[Any]:
         import numpy
 
         dtype, shape = self.dtype_and_shape(stored)
         result = numpy.empty(shape, dtype)
         if result.nbytes != stored.spec.nbytes:
             raise ValueError(f"{stored.spec.nbytes} bytes are not an array of dtype {dtype} and shape {shape}")
-        if result.nbytes:
-            result.reshape(-1).view("u1")[:] = numpy.frombuffer(stored.data, "u1")
         return result
 
-    def dtype_and_shape(self, stored: TensorData) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    def copy_in(self, tensor: NDArray[Any], data: memoryview) -> None:
+        import numpy
+
+        numpy.copyto(tensor, numpy.frombuffer(data, tensor.dtype).reshape(tensor.shape))
+
+    def address(self, value: NDArray[Any]) -> int | None:
+        flags = value.flags
+        if not flags.c_contiguous or not flags.writeable:
+            return None
+        where: int = value.__array_interface__["data"][0]
+        return where
+
+    def dtype_and_shape(self, stored: StoredTensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """What the array was when it was saved."""
         if "dtype" in stored.extra:
             return _dtype_from_json(stored.extra["dtype"]), tuple(stored.extra["shape"])

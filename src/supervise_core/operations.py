@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from supervise_core.backend import Backend
+from supervise_core.parts import Parts
 from supervise_core.readiness import Readiness, readiness_of
-from supervise_core.snapshot import Parts, Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 
 SessionT = TypeVar("SessionT")
+
+Load = Callable[[SessionT, Parts], object]
 
 
 class Default(enum.Enum):
@@ -37,7 +41,7 @@ class Operations(Generic[SessionT]):
     local_init: Callable[[SessionT], object] | None
     summary: Callable[[SessionT], Mapping[str, Any] | bytes] | None
     snapshot: Callable[[SessionT, Staging], Snapshot] | None
-    load: Callable[[SessionT, Parts], object] | None
+    load: Load[SessionT] | None
 
     @classmethod
     def of(

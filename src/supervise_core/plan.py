@@ -16,7 +16,7 @@ from supervise_core.plugins import RunHooks
 from supervise_core.retention import Retention
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
-from supervise_core.snapshot import Staging
+from supervise_core.staging import Staging
 from supervise_core.summaries import EventSink
 from supervise_core.triggers import Trigger
 

@@ -13,8 +13,8 @@ from supervise_core.checkpoint_format import CheckpointReader
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import CheckpointNotFoundError, UnknownBackendError
 from supervise_core.manifest import Manifest
+from supervise_core.parts import Part
 from supervise_core.plugins import backend_class
-from supervise_core.snapshot import Part
 from supervise_core.tensors import TensorCodec
 
 
@@ -132,7 +132,7 @@ class SavedCheckpoint(os.PathLike[str]):
         manifest = self.manifest()
         if name not in manifest.parts:
             raise CheckpointNotFoundError(f"{self.path} has no part {name!r}; it has: {', '.join(manifest.parts)}")
-        return read_checkpoint(self._reader, name).parts[name]
+        return read_checkpoint(self._reader).parts[name]
 
 
 def _codec_of(backend: str) -> TensorCodec[Any] | None:

@@ -17,6 +17,7 @@ from supervise_core.tensors import BITS, TensorSpec
 
 PAGE: Final = 4096
 _LENGTH: Final = struct.Struct("<Q")
+HEADER_LENGTH: Final = _LENGTH.size
 _LARGEST_HEADER: Final = 100_000_000  # the limit of the reference implementation
 
 
@@ -47,23 +48,56 @@ def lay_out(specs: Iterable[TensorSpec]) -> Layout:
     return Layout(header, offsets, padded + begin)
 
 
+@dataclass(frozen=True, slots=True)
+class TensorRange:
+    """One tensor of a file, and the byte of the data at which it begins."""
+
+    spec: TensorSpec
+    begin: int
+
+
+def header_length(beginning: bytes | bytearray, size: int) -> int:
+    """How many bytes of a file of that size come before the tensors, by its first ``HEADER_LENGTH`` bytes.
+
+    :raises ValueError: if that cannot be.
+    """
+    if size < HEADER_LENGTH or len(beginning) < HEADER_LENGTH:
+        raise ValueError(f"the file has {size} bytes, too few for a safetensors header")
+    (length,) = _LENGTH.unpack(beginning[:HEADER_LENGTH])
+    if length > _LARGEST_HEADER or HEADER_LENGTH + length > size:
+        raise ValueError(f"the header claims {length} bytes in a file of {size}")
+    return HEADER_LENGTH + int(length)
+
+
+def parse_header(header: bytes | bytearray, data_size: int) -> list[TensorRange]:
+    """The tensors of a file in the order of their bytes, which lie one after another and fill ``data_size`` bytes.
+
+    :raises ValueError: if anything is not as the format demands; the message says what.
+    """
+    entries = parse_json_object(header[HEADER_LENGTH:])
+    entries.pop("__metadata__", None)
+    ranges = [_parse_entry(name, entry) for name, entry in entries.items()]
+    ranges.sort(key=lambda each: (each.begin, each.spec.nbytes))
+    at = 0
+    for each in ranges:
+        if each.begin != at:
+            raise ValueError(f"the tensors overlap or leave a gap at byte {min(each.begin, at)} of the data")
+        at += each.spec.nbytes
+    if at != data_size:
+        raise ValueError(f"the tensors end at byte {at} of {data_size} bytes of data")
+    return ranges
+
+
 def parse(content: bytes | bytearray | memoryview) -> dict[str, tuple[TensorSpec, memoryview]]:
     """The tensors of a file's content: name → (spec, its bytes).
 
     :raises ValueError: if anything in the file is not as the format demands; the message says what.
     """
     view = memoryview(content).cast("B")
-    if len(view) < _LENGTH.size:
-        raise ValueError(f"the file has {len(view)} bytes, too few for a safetensors header")
-    (length,) = _LENGTH.unpack(view[: _LENGTH.size])
-    if length > _LARGEST_HEADER or _LENGTH.size + length > len(view):
-        raise ValueError(f"the header claims {length} bytes in a file of {len(view)}")
-    data = view[_LENGTH.size + length :]
-    header = parse_json_object(bytes(view[_LENGTH.size : _LENGTH.size + length]))
-    header.pop("__metadata__", None)
-    ranges = {name: _parse_entry(name, entry) for name, entry in header.items()}
-    _check_no_gaps([(begin, end) for _, begin, end in ranges.values()], len(data))
-    return {name: (spec, data[begin:end]) for name, (spec, begin, end) in ranges.items()}
+    length = header_length(bytes(view[:HEADER_LENGTH]), len(view))
+    data = view[length:]
+    ranges = parse_header(bytes(view[:length]), len(data))
+    return {each.spec.name: (each.spec, data[each.begin : each.begin + each.spec.nbytes]) for each in ranges}
 
 
 def parse_json_object(text: bytes | bytearray) -> dict[str, Any]:
@@ -90,7 +124,7 @@ def parse_json_object(text: bytes | bytearray) -> dict[str, Any]:
     return parsed
 
 
-def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+def _parse_entry(name: str, entry: Any) -> TensorRange:
     match entry:
         case {"dtype": str() as dtype, "shape": list() as shape, "data_offsets": [int() as begin, int() as end]}:
             if dtype not in BITS:
@@ -100,16 +134,6 @@ def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
             spec = TensorSpec(name, dtype, tuple(shape))
             if end - begin != spec.nbytes:
                 raise ValueError(f"tensor {name!r} has {end - begin} bytes where its shape needs {spec.nbytes}")
-            return spec, begin, end
+            return TensorRange(spec, begin)
         case _:
             raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
-
-
-def _check_no_gaps(ranges: list[tuple[int, int]], size: int) -> None:
-    at = 0
-    for begin, end in sorted(ranges):
-        if begin != at:
-            raise ValueError(f"the tensors overlap or leave a gap at byte {min(begin, at)} of the data")
-        at = end
-    if at != size:
-        raise ValueError(f"the tensors end at byte {at} of {size} bytes of data")

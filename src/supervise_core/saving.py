@@ -17,7 +17,8 @@ from supervise_core.data_loop import DataLoop
 from supervise_core.errors import SessionStateError
 from supervise_core.plan import Plan
 from supervise_core.report import RunReport
-from supervise_core.snapshot import Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 from supervise_core.summaries import EventSink
 from supervise_core.tagged_json import encode
 

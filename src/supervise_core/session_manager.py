@@ -26,7 +26,7 @@ from supervise_core.errors import (
     SessionStateError,
 )
 from supervise_core.manifest import MANIFEST, STATE
-from supervise_core.operations import Operations
+from supervise_core.operations import Load, Operations
 from supervise_core.readiness import NotReady, Readiness, Ready
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,6 @@ class SessionManager(Generic[SessionT]):
         self._store = store
         self._stop = StopSignal(clock)
         self._longest_poll = longest_poll
-        self._newer: list[CheckpointId] = []
         self.recovery = Recovery()
         """What the last call did."""
 
@@ -250,70 +249,101 @@ class SessionManager(Generic[SessionT]):
         self._wait_until(lambda: Ready() if store.checkpoints() else missing, "a checkpoint", max_wait_secs, stop)
 
     def _recover(self, session: SessionT, resume: Resume) -> bool:
+        """Restore what is to be restored. What turns out to be damaged while it is loaded is put aside like the rest,
+        and the next one is tried."""
         load = self._operations.load
-        content = None if load is None else self._content_to_restore(resume)
-        if load is None or content is None:
-            if resume == "must":
-                raise CheckpointNotFoundError(self._nothing_to_resume())
-            return False
-        load(session, content.parts)
-        self.recovery.content = content
-        if self._store is not None and self._store.is_writer:  # only now, when the older one is known to fit
-            self._retire(self._store, self._newer, f"resume={self.recovery.restored}")
-        return True
+        if load is None:
+            found = False
+        elif resume in ("auto", "must", "never"):
+            found = self._recover_from_store(session, load, resume)
+        else:
+            found = self._recover_chosen(session, load, Path(resume))
+        if not found and resume == "must":
+            raise CheckpointNotFoundError(self._nothing_to_resume())
+        return found
 
     def _nothing_to_resume(self) -> str:
         where = "the Supervisor has no logdir" if self._store is None else f"there is none in {self._store.location}"
         return f"resume='must' needs a checkpoint, and {where}. Begin with resume='auto', or name the right logdir."
 
-    def _content_to_restore(self, resume: Resume) -> CheckpointContent | None:
-        self._newer = []
-        if resume not in ("auto", "must", "never"):
-            return self._chosen(Path(resume))
+    def _recover_from_store(self, session: SessionT, load: Load[SessionT], resume: Resume) -> bool:
         store = self._store
         if store is None:
-            return None
+            return False
         if resume == "never":
             self._retire(store, store.checkpoints(), "resume='never'")
             store.retire_damaged()
-            return None
-        content = self._newest_good(store)
-        if content is None and (damaged := {**store.damaged(), **self.recovery.set_aside}):
-            raise AllCheckpointsDamagedError(store.location, damaged)
-        return content
+            return False
+        damaged: set[CheckpointId] = set()
+        while (chosen := self._choose(store, damaged)) is not None:
+            try:
+                with store.open(chosen) as reader:
+                    self._load(session, load, store.format.read(reader), store.name_of(chosen))
+            except CheckpointDamagedError as error:
+                self._put_aside(store, chosen, error.reason)
+                damaged.add(chosen)
+                continue
+            except FileNotFoundError:
+                if chosen in store.checkpoints():
+                    raise
+                continue  # its writer removed it just now, and keeps a newer one
+            if store.is_writer:  # only now, when the older one is known to fit
+                passed_over = [known for known in store.checkpoints() if known > chosen]
+                self._retire(store, passed_over, f"resume={self.recovery.restored}")
+            return True
+        if evidence := {**store.damaged(), **self.recovery.set_aside}:
+            raise AllCheckpointsDamagedError(store.location, evidence)
+        return False
 
-    def _newest_good(self, store: CheckpointStore) -> CheckpointContent | None:
+    def _load(self, session: SessionT, load: Load[SessionT], content: CheckpointContent, name: str) -> None:
+        """
+        :raises CheckpointDamagedError: if it is damaged, even if that seemed to be another error at first.
+        """
+        try:
+            load(session, content.parts)
+            content.verify_the_rest()
+        except CheckpointDamagedError:
+            raise
+        except Exception:
+            content.verify()
+            raise
+        self.recovery.restored = name
+        self.recovery.content = content
+
+    def _choose(self, store: CheckpointStore, damaged: set[CheckpointId]) -> CheckpointId | None:
         """The newest that was taken at a step boundary; but the newest of all, if too many came after that one.
 
-        A program that never comes to a boundary, or whose other threads train, would else lose too much.
+        A program that never comes to a boundary, or whose other threads train, would else lose too much. Those whose
+        description is damaged are put aside, and added to those that are known to be.
         """
-        second_best: tuple[str, CheckpointContent] | None = None
+        second_best: tuple[CheckpointId, int] | None = None
         passed_over = 0
         preferred = store.preferred()
-        for checkpoint in sorted(store.checkpoints(), key=lambda known: (known == preferred, known), reverse=True):
-            name = store.name_of(checkpoint)
+        good = [checkpoint for checkpoint in store.checkpoints() if checkpoint not in damaged]
+        for checkpoint in sorted(good, key=lambda known: (known == preferred, known), reverse=True):
             try:
                 with store.open(checkpoint) as reader:
-                    reader.manifest_of(checkpoint)
-                    content = store.format.read(reader)
+                    manifest = reader.manifest_of(checkpoint)
+                    began = 0 if manifest.consistent else store.format.read(reader).run_state.get("began", 0)
             except CheckpointDamagedError as error:
                 self._put_aside(store, checkpoint, error.reason)
+                damaged.add(checkpoint)
                 continue
-            began = 0 if second_best is None else second_best[1].run_state.get("began", 0)
-            limit = _MOST_OF_ONE_RUN if began >= checkpoint.step else _MOST_PASSED_OVER
-            if second_best is not None and passed_over > limit:
-                _log.warning("going on from %s, which may mix two steps: %s is too old", second_best[0], name)
-                break
-            if content.manifest.consistent or checkpoint == preferred:
-                self._newer = [known for known in store.checkpoints() if known > checkpoint]
-                self.recovery.restored = name
-                return content
-            second_best = second_best or (name, content)
+            except FileNotFoundError:
+                continue
+            if second_best is not None:
+                limit = _MOST_OF_ONE_RUN if second_best[1] >= checkpoint.step else _MOST_PASSED_OVER
+                if passed_over > limit:
+                    _log.warning(
+                        "going on from %s, which may mix two steps: %s is too old",
+                        store.name_of(second_best[0]), store.name_of(checkpoint),
+                    )  # fmt: skip
+                    break
+            if manifest.consistent or checkpoint == preferred:
+                return checkpoint
+            second_best = second_best or (checkpoint, began)
             passed_over += 1
-        if second_best is None:
-            return None
-        self.recovery.restored = second_best[0]
-        return second_best[1]
+        return None if second_best is None else second_best[0]
 
     def _put_aside(self, store: CheckpointStore, checkpoint: CheckpointId, reason: str) -> None:
         name = store.name_of(checkpoint)
@@ -324,14 +354,14 @@ class SessionManager(Generic[SessionT]):
         else:
             _log.warning("%s in %s is damaged and passed over: %s", name, store.location, reason)
 
-    def _chosen(self, path: Path) -> CheckpointContent | None:
+    def _recover_chosen(self, session: SessionT, load: Load[SessionT], path: Path) -> bool:
         """The checkpoint that the user named. One of this log directory is gone back to; one of another is a beginning,
         from which the directory's own newest checkpoint leads on when the program is started again."""
         store = self._store
         own = None if store is None else self._own(store, path)
         if store is not None and own is None and store.checkpoints():
             _log.info("%s has checkpoints of its own; going on from there and not from %s", store.location, path)
-            return self._content_to_restore("auto")
+            return self._recover_from_store(session, load, "auto")
         if own is None and not any((path / name).exists() for name in (MANIFEST, STATE)) and path.is_dir():
             raise CheckpointNotFoundError(
                 f"{path} is no checkpoint but another directory; name one, such as {path / 'model.ckpt-100'}, "
@@ -339,13 +369,14 @@ class SessionManager(Generic[SessionT]):
             )
         if store is not None and own is not None:
             with store.open(own) as reader:
-                content = store.format.read(reader)
-            self._newer = [checkpoint for checkpoint in store.checkpoints() if checkpoint > own]
+                self._load(session, load, store.format.read(reader), path.name)
+            if store.is_writer:
+                newer = [checkpoint for checkpoint in store.checkpoints() if checkpoint > own]
+                self._retire(store, newer, f"resume={path.name}")
         else:
             with self._open_chosen(path) as reader:
-                content = read_checkpoint(reader)
-        self.recovery.restored = str(path) if own is None else path.name
-        return content
+                self._load(session, load, read_checkpoint(reader), str(path))
+        return True
 
     def _open_chosen(self, path: Path) -> CheckpointReader:
         try:

@@ -26,7 +26,8 @@ from supervise_core.report import RunReport
 from supervise_core.retention import KeepLatest, Retention
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
-from supervise_core.snapshot import Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 from supervise_core.summaries import EventLog, EventSink, read_number, read_value
 from supervise_core.triggers import EverySeconds, Trigger
 

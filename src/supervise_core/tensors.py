@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
+from supervise_core.memory import Move
 from supervise_core.tagged_json import UNTOLD, Json, Untold
 
 BITS: Final[Mapping[str, int]] = {
@@ -19,6 +20,10 @@ BITS: Final[Mapping[str, int]] = {
 """Bits per element of the safetensors dtypes that we write: those that every reader of the format knows."""
 
 T = TypeVar("T")
+
+Arrival = Callable[[Callable[[Sequence[Move]], object]], None]
+"""Waits until copies from a device have arrived in memory of the codec's own, has them moved from there, and only then
+uses that memory again. Called once, by any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +53,10 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorData:
-    """One tensor read from a checkpoint: row-major bytes, and the codec's ``extra``."""
+class StoredTensor:
+    """One tensor of a checkpoint: how it lies in its file, and the codec's ``extra``."""
 
     spec: TensorSpec
-    data: memoryview
     extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
 
 
@@ -71,19 +75,32 @@ class TensorCodec(ABC, Generic[T]):
         """
 
     @abstractmethod
-    def copy_out(self, pairs: Sequence[tuple[T, memoryview]]) -> Callable[[], None] | None:
-        """Copy tensors into memory of exactly their size, as row-major bytes.
+    def copy_out(self, pairs: Sequence[tuple[T, memoryview]]) -> Arrival | None:
+        """Copy tensors that have no address into memory of exactly their size, as row-major bytes.
 
-        What is copied is the value of this moment, whatever the program does next. A copy that ends later (on a GPU's
-        copy stream) gives a function that waits for its end.
+        What is copied is the value of this moment, whatever the program does next. Copies that end later (on a GPU's
+        copy stream) go into memory of the codec's own first, and it is told how to wait for them.
         """
 
     @abstractmethod
-    def read(self, stored: TensorData) -> T:
-        """A new tensor that owns its memory.
+    def empty(self, stored: StoredTensor) -> T:
+        """A new tensor of the kind that was stored, in main memory of its own; its values do not matter yet.
+
+        It costs nothing as long as no value is put into it: that is how shapes and dtypes are compared beforehand.
 
         :raises ValueError: if ``stored.extra`` was not made by ``describe``.
         """
+
+    @abstractmethod
+    def copy_in(self, tensor: T, data: memoryview) -> None:
+        """Give a tensor the values whose row-major bytes these are; the inverse of ``copy_out``."""
+
+    def address(self, value: T) -> int | None:
+        """Where in main memory the tensor's own bytes lie, row-major and without a gap, free to be read and written.
+
+        None if they do not, or if nobody knows: then ``copy_out`` and ``copy_in`` are called.
+        """
+        return None
 
     def identity(self, value: T) -> Hashable | None:
         """Equal for tensors that are one and the same memory seen in the same way (tied weights); stored once."""

@@ -22,7 +22,7 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
-from supervise_core.snapshot import Staging  # noqa: E402
+from supervise_core.staging import Staging  # noqa: E402
 from supervise_core.testing.backend_contract import (  # noqa: E402
     BackendContract,
     Program,

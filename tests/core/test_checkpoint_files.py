@@ -16,7 +16,8 @@ from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.manifest import Manifest
-from supervise_core.snapshot import Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 from supervise_core.tagged_json import encode
 from supervise_core.testing.stores import MemoryStore
 
@@ -44,19 +45,19 @@ def snapshot_of(state: dict[str, Any], staging: Staging | None = None) -> Snapsh
 
 def commit(store: CheckpointStore, snapshot: Snapshot, step: int = 1) -> CheckpointId:
     draft = store.begin(CheckpointId(step))
-    files = write_snapshot(draft, snapshot, encode({"data": (1, 2)}))
+    files = write_snapshot(draft, snapshot, encode({"data": (1, 2)})).files
     return draft.commit(Manifest(step, "numpy", 1.0, tuple(snapshot.parts), files))
 
 
 def test_round_trip(store: CheckpointStore) -> None:
     with store.open(commit(store, snapshot_of(STATE))) as reader:
         content = read_checkpoint(reader)
-    assert list(content.parts) == ["model", "optimizer", "scheduler"]
-    assert content.run_state == {"data": (1, 2)}
-    assert content.parts["scheduler"].tree() == {"milestones": {30: 1}}
-    assert content.parts["optimizer"].tree()["betas"] == (0.9, 0.999)
-    for name, array in STATE["model"].items():
-        assert np.array_equal(content.parts["model"].tree()[name], array)
+        assert list(content.parts) == ["model", "optimizer", "scheduler"]
+        assert content.run_state == {"data": (1, 2)}
+        assert content.parts["scheduler"].tree() == {"milestones": {30: 1}}
+        assert content.parts["optimizer"].tree()["betas"] == (0.9, 0.999)
+        for name, array in STATE["model"].items():
+            assert np.array_equal(content.parts["model"].tree()[name], array)
 
 
 def test_a_part_without_tensors_has_no_file_of_its_own(store: CheckpointStore) -> None:
@@ -64,10 +65,14 @@ def test_a_part_without_tensors_has_no_file_of_its_own(store: CheckpointStore) -
         assert sorted(reader.manifest().files) == ["model.safetensors", "optimizer.safetensors", "state.json"]
 
 
-def test_one_part_alone(store: CheckpointStore) -> None:
+def test_a_part_is_read_while_the_checkpoint_is_open(store: CheckpointStore) -> None:
     with store.open(commit(store, snapshot_of(STATE))) as reader:
-        content = read_checkpoint(reader, "optimizer")
-    assert list(content.parts) == ["optimizer"]
+        part = read_checkpoint(reader).parts["model"]
+        held = part.held()
+    assert np.array_equal(held.tree()["w4"], STATE["model"]["w4"])
+    if isinstance(store, DirectoryStore):
+        with pytest.raises(ValueError, match="closed"):
+            part.tree()
 
 
 def test_sharded(store: CheckpointStore) -> None:
@@ -82,12 +87,12 @@ def test_sharded(store: CheckpointStore) -> None:
             "optimizer.safetensors",
             "state.json",
         ]
-        index = json.loads(reader.read_unverified("model.safetensors.index.json"))
-        content = read_checkpoint(reader)
+        index = json.loads(reader.content("model.safetensors.index.json"))
+        model = read_checkpoint(reader).parts["model"].tree()
     assert index["metadata"] == {"total_size": 5 * 800}
     assert index["weight_map"]["w4"] == "model-00003-of-00003.safetensors"
     for name, array in STATE["model"].items():
-        assert np.array_equal(content.parts["model"].tree()[name], array)
+        assert np.array_equal(model[name], array)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 1700])
@@ -131,7 +136,7 @@ def test_files_of_the_manifest_that_no_part_needs_are_verified_too(store: Checkp
 
     snapshot = snapshot_of(STATE)
     draft = store.begin(CheckpointId(1))
-    files = write_snapshot(draft, snapshot, None)
+    files = write_snapshot(draft, snapshot, None).files
     draft.commit(Manifest(1, "numpy", 1.0, tuple(snapshot.parts), files | {"extra.bin": FileRecord(3, "0" * 32)}))
     with store.open(CheckpointId(1)) as reader, pytest.raises(CheckpointDamagedError, match=r"extra.bin is missing"):
         verify_checkpoint(reader)

@@ -527,7 +527,7 @@ def test_one_that_may_mix_two_steps_is_passed_over_unless_too_much_were_lost(
             session.global_step = step
             draft = store.begin(CheckpointId(step))
             state = encode({"data": None, "events": [], "began": int(began or 0)}, "the run")
-            files = write_snapshot(draft, backend.snapshot(session, Staging()), state)
+            files = write_snapshot(draft, backend.snapshot(session, Staging()), state).files
             draft.commit(
                 Manifest(
                     step=step, backend="numpy", wall_time=0.0, parts=("model", "random"), files=files,

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from supervise_core.errors import UnsupportedStateError
+from supervise_core.parts import Part
 from supervise_core.safetensors_format import parse
-from supervise_core.snapshot import Part, Snapshot, Staging, check_part_name
+from supervise_core.snapshot import Snapshot, check_part_name
+from supervise_core.staging import Staging
 
 
 def image_of(state: Any, staging: Staging | None = None) -> Snapshot:
@@ -20,8 +22,8 @@ def image_of(state: Any, staging: Staging | None = None) -> Snapshot:
 
 def part_of(snapshot: Snapshot) -> Part:
     image = snapshot.parts["model"]
-    tensors = {name: tensor for file in image.files for name, tensor in parse(file.content).items()}
-    return Part("model", image.state, tensors)
+    tensors = {name: tensor for file in image.files for name, tensor in parse(b"".join(file.chunks())).items()}
+    return Part.of("model", image.state, tensors)
 
 
 def back(state: Any) -> Any:
@@ -115,7 +117,7 @@ def test_names_are_readable_and_never_collide() -> None:
         5: np.zeros(2),
     }
     snapshot = image_of(state)
-    names = {name for file in snapshot.parts["model"].files for name in file.tensors}
+    names = {tensor.spec.name for file in snapshot.parts["model"].files for tensor in file.tensors}
     assert len(names) == 5
     assert {"a.b", "a.b#2", "5"} <= names
     assert "__metadata__" not in names
@@ -129,7 +131,7 @@ def test_memory_is_kept_between_snapshots() -> None:
     staging = Staging()
     first = image_of([np.zeros(1000)], staging)
     second = image_of([np.ones(1000)], staging)
-    addresses = {np.frombuffer(shot.parts["model"].files[0].content, "u1").ctypes.data for shot in (first, second)}
+    addresses = {np.frombuffer(shot.parts["model"].files[0].blocks, "u1").ctypes.data for shot in (first, second)}
     assert len(addresses) == 1
 
 

@@ -69,7 +69,7 @@ def through_a_checkpoint(tree: Any, path: Path) -> Any:
     store = DirectoryStore(path, disk=HastyDisk())
     with store.writing():
         draft = store.begin(CheckpointId(0))
-        files = write_snapshot(draft, snapshot, None)
+        files = write_snapshot(draft, snapshot, None).files
         draft.commit(Manifest(0, backend.name, 0.0, tuple(snapshot.parts), files))
     with store.open(CheckpointId(0)) as reader:
         fresh.load(fresh.state, read_checkpoint(reader).parts)

@@ -16,7 +16,7 @@ from supervise_core.disk import Disk
 from supervise_core.host import Host
 from supervise_core.manifest import MANIFEST, Manifest
 from supervise_core.retention import KeepLatest
-from supervise_core.snapshot import Staging
+from supervise_core.staging import Staging
 from supervise_core.testing.disks import Crash, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeHost, FakeMachine
 from supervise_tf.bundle import BundleWriter, read_bundle

@@ -18,7 +18,7 @@ from supervise_core.disk import Disk
 from supervise_core.host import Host
 from supervise_core.manifest import Manifest
 from supervise_core.retention import KeepLatest
-from supervise_core.snapshot import Staging
+from supervise_core.staging import Staging
 from supervise_core.testing.clock import FakeClock
 from supervise_core.testing.disks import Crash, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeHost, FakeMachine
@@ -46,7 +46,7 @@ def save(store: DirectoryStore, step: int) -> None:
     staging.put("plain", {"step": step})
     draft = store.begin(CheckpointId(step))
     snapshot = staging.snapshot()
-    files = write_snapshot(draft, snapshot, {"data": None})
+    files = write_snapshot(draft, snapshot, {"data": None}).files
     draft.commit(Manifest(step, "numpy", 1.7e9 + step, tuple(snapshot.parts), files))
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supervise_core import EverySteps, KeepAll, Supervisor
-from supervise_core.snapshot import Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 from supervise_core.testing.clock import eventually
 from supervise_numpy import ArrayBackend, ArraySession
 

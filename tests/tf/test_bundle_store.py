@@ -29,7 +29,7 @@ from supervise_core.errors import (  # noqa: E402
     UnsupportedStateError,
 )
 from supervise_core.manifest import MANIFEST, Manifest  # noqa: E402
-from supervise_core.snapshot import Staging  # noqa: E402
+from supervise_core.staging import Staging  # noqa: E402
 from supervise_core.testing.hosts import FakeHost, FakeMachine  # noqa: E402
 from supervise_tf.bundle import BundleWriter  # noqa: E402
 from supervise_tf.bundle_files import BundleDraft, BundleReader  # noqa: E402

@@ -23,7 +23,8 @@ from supervise_core.checkpoint_format import CheckpointId  # noqa: E402
 from supervise_core.directory_store import DirectoryStore  # noqa: E402
 from supervise_core.errors import IncompatibleCheckpointError, NotReadyError, UnsupportedStateError  # noqa: E402
 from supervise_core.manifest import Manifest  # noqa: E402
-from supervise_core.snapshot import Parts, Staging  # noqa: E402
+from supervise_core.parts import Parts  # noqa: E402
+from supervise_core.staging import Staging  # noqa: E402
 from supervise_core.testing.disks import HastyDisk  # noqa: E402
 from supervise_tf import EagerBackend  # noqa: E402
 from supervise_tf.inputs import is_end_of_input  # noqa: E402
@@ -376,10 +377,10 @@ def saved(program: Program, logdir: Path) -> Parts:
     snapshot = backend.snapshot(session, Staging())
     with store.writing():
         draft = store.begin(CheckpointId(0, 0))
-        files = write_snapshot(draft, snapshot, None)
+        files = write_snapshot(draft, snapshot, None).files
         draft.commit(Manifest(step=0, backend=backend.name, wall_time=0.0, parts=tuple(snapshot.parts), files=files))
     with store.open(store.checkpoints()[-1]) as reader:
-        return read_checkpoint(reader).parts
+        return {name: part.held() for name, part in read_checkpoint(reader).parts.items()}
 
 
 def restore(parts: Parts, **here: Any) -> None:

@@ -35,9 +35,11 @@ from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import IncompatibleCheckpointError
 from supervise_core.manifest import Manifest
+from supervise_core.parts import Part, Parts
 from supervise_core.process_random import process_random_state, set_process_random_state
 from supervise_core.readiness import NotReady, Ready
-from supervise_core.snapshot import Part, Parts, Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 from supervise_core.supervisor import Supervisor
 from supervise_core.tagged_json import Json, encode
 from supervise_core.tensors import TensorSpec
@@ -547,14 +549,15 @@ def _saved(program: Program, session: Any, store: DirectoryStore) -> Parts:
     snapshot = backend.snapshot(session, Staging())
     with store.writing():
         draft = store.begin(CheckpointId(step, len(store.checkpoints())))
-        files = write_snapshot(draft, snapshot, None)
-        draft.commit(Manifest(step=step, backend=backend.name, wall_time=0.0, parts=tuple(snapshot.parts), files=files))
+        written = write_snapshot(draft, snapshot, None)
+        parts = tuple(snapshot.parts)
+        draft.commit(Manifest(step=step, backend=backend.name, wall_time=0.0, parts=parts, files=written.files))
     return _newest(store)
 
 
 def _newest(store: DirectoryStore) -> Parts:
     with store.open(store.checkpoints()[-1]) as reader:
-        return read_checkpoint(reader).parts
+        return {name: part.held() for name, part in read_checkpoint(reader).parts.items()}
 
 
 def _image_of(snapshot: Snapshot) -> dict[str, Any]:
@@ -563,7 +566,7 @@ def _image_of(snapshot: Snapshot) -> dict[str, Any]:
     image: dict[str, Any] = {}
     for part in snapshot.parts.values():
         image[f"the state of {part.name}"] = json.dumps(part.state, sort_keys=True)
-        image |= {file.name: bytes(file.content) for file in part.files}
+        image |= {file.name: b"".join(file.chunks()) for file in part.files}
     return image
 
 
@@ -611,7 +614,7 @@ Alteration = Callable[[Part, str], Part | None]
 
 
 def _without(part: Part, name: str) -> Part | None:
-    rest = {other: stored for other, stored in part.tensors.items() if other != name}
+    rest = {other: spec for other, spec in part.tensors.items() if other != name}
     return _replaced(part, name, lambda _: [], rest)
 
 
@@ -621,7 +624,7 @@ def _with_another(part: Part, name: str) -> Part | None:
 
 def _of_another_shape(part: Part, name: str) -> Part | None:
     """One dimension more, in front: the bytes are the same, and frameworks broadcast it without a word."""
-    spec, data = part.tensors[name]
+    spec = part.tensors[name]
 
     def alter(leaf: dict[str, Json]) -> list[Json]:
         altered = {key: value for key, value in leaf.items() if key in ("$tensor", "dtype", "shape")}
@@ -631,27 +634,27 @@ def _of_another_shape(part: Part, name: str) -> Part | None:
 
     is_plain = not any("shape" in stored.extra for stored in part.stored_tensors() if stored.spec.name == name)
     shape = (1, *spec.shape) if is_plain else spec.shape
-    return _replaced(part, name, alter, {**part.tensors, name: (TensorSpec(name, spec.dtype, shape), data)})
+    return _replaced(part, name, alter, {**part.tensors, name: TensorSpec(name, spec.dtype, shape)})
 
 
 def _of_another_dtype(part: Part, name: str) -> Part | None:
     """The same bytes as another dtype of that width, where the dtype is one of safetensors' own."""
-    spec, data = part.tensors[name]
+    spec = part.tensors[name]
     if any("dtype" in stored.extra for stored in part.stored_tensors() if stored.spec.name == name):
         return None
     altered = TensorSpec(name, _OTHER_DTYPE[spec.dtype], spec.shape)
-    return Part(part.name, part.state, {**part.tensors, name: (altered, data)})
+    return Part(part.name, part.state, {**part.tensors, name: altered}, part.read)
 
 
 def _replaced(
     part: Part,
     name: str,
     replace: Callable[[dict[str, Json]], list[Json]],
-    tensors: Mapping[str, tuple[TensorSpec, memoryview]],
+    tensors: Mapping[str, TensorSpec],
 ) -> Part | None:
     """The part with other leaves in the place of a tensor's; None if the tensor is the whole part."""
     state = _rebuilt(part.state, name, replace)
-    return None if state is None else Part(part.name, state, tensors)
+    return None if state is None else Part(part.name, state, tensors, part.read)
 
 
 def _rebuilt(node: Json, name: str, replace: Callable[[dict[str, Json]], list[Json]]) -> Json:

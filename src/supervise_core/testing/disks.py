@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -45,7 +45,7 @@ class WatchedDisk(Disk):
         """Called before each changing call; whatever it raises, the call does not happen."""
 
     def about_to_read(self, method: str, path: Path) -> None:
-        """Called before ``open_directory`` and ``read``."""
+        """Called before ``open_directory``, and before ``read`` and ``read_into``, which are both called "read"."""
 
     def count(self, method: str) -> int:
         """How many changing calls of this kind there were."""
@@ -122,6 +122,10 @@ class WatchedDisk(Disk):
     def read(self, directory: OpenDirectory, name: str) -> bytearray:
         self.about_to_read("read", directory.path / name)
         return super().read(directory, name)
+
+    def read_into(self, directory: OpenDirectory, name: str, at: int, buffers: Sequence[memoryview]) -> int:
+        self.about_to_read("read", directory.path / name)
+        return super().read_into(directory, name, at, buffers)
 
 
 class HastyDisk(Disk):

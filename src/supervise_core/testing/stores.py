@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft
+from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft, Link
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.errors import LeaseHeldError, LeaseLostError
 from supervise_core.manifest import MANIFEST, Manifest, check_file_name
@@ -114,6 +114,14 @@ class _MemoryDraft(Draft):
             raise FileExistsError(f"{file} was written already")
         self._files[file] = b"".join(bytes(chunk) for chunk in chunks)
 
+    def link(self, checkpoint: CheckpointId, files: Sequence[Link]) -> bool:
+        self._store.check_lease()
+        there = self._store.place.committed.get(checkpoint, {})
+        if any(len(there.get(link.there, b"")) != link.size for link in files):
+            return False
+        self._files |= {check_file_name(link.file): there[link.there] for link in files}
+        return True
+
     def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:
         self._store.check_lease()
         committed = self._store.place.committed
@@ -137,8 +145,13 @@ class _MemoryReader(CheckpointReader):
     def size(self, file: str) -> int | None:
         return len(self._files[file]) if file in self._files else None
 
-    def read_unverified(self, file: str) -> bytearray:
-        return bytearray(self._files[file])
+    def read_into(self, file: str, at: int, buffers: Sequence[memoryview]) -> int:
+        content, done = self._files[file], 0
+        for buffer in buffers:
+            piece = content[at + done : at + done + len(buffer)]
+            buffer[: len(piece)] = piece
+            done += len(piece)
+        return done
 
     def close(self) -> None:
         return None

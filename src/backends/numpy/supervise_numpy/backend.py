@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from supervise_core.backend import Backend
 from supervise_core.errors import IncompatibleCheckpointError
+from supervise_core.parts import Part, Parts
 from supervise_core.process_random import RandomState, process_random_state, seed_process, set_process_random_state
-from supervise_core.snapshot import Parts, Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 
 _MASK: Final = (1 << 64) - 1
 
@@ -117,14 +119,16 @@ class ArrayBackend(Backend[ArraySession]):
         return staging.snapshot()
 
     def load(self, session: ArraySession, parts: Parts) -> None:
-        saved = _part(parts, "model")
-        _check_fit(self._arrays, saved)
-        random = _part(parts, "random")
+        saved = _part(parts, "model").restoration(into=dict(self._arrays))
+        _check_fit(self._arrays, saved.tree)
+        random = _part(parts, "random").tree()
         if random["states"]["generators"].keys() != self._generators.keys():
             known = sorted(random["states"]["generators"])
             raise IncompatibleCheckpointError("random", [f"generators {known} saved, {sorted(self._generators)} here"])
+        saved.read()
         for name, array in self._arrays.items():
-            np.copyto(array, saved[name], casting="no")
+            if saved.tree[name] is not array:
+                np.copyto(array, saved.tree[name], casting="no")
         self.set_random_state(session, random["states"])
         if random["global_step"] is not None:
             session.global_step = random["global_step"]
@@ -153,10 +157,10 @@ class ArrayBackend(Backend[ArraySession]):
         return self._seed
 
 
-def _part(parts: Parts, name: str) -> Any:
+def _part(parts: Parts, name: str) -> Part:
     if name not in parts:
         raise IncompatibleCheckpointError(name, [f"it is missing; the checkpoint has {sorted(parts)}"])
-    return parts[name].tree()
+    return parts[name]
 
 
 def _check_fit(arrays: Mapping[str, NDArray[Any]], saved: Mapping[str, NDArray[Any]]) -> None:

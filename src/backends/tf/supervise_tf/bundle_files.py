@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft
 from supervise_core.disk import Disk, OpenDirectory
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.manifest import MANIFEST, FileRecord, Manifest, hash_of
+from supervise_core.manifest import MANIFEST, FileRecord, Manifest
 from supervise_tf.stored_tensors import VARIABLES
 
 INDEX: Final = "index"
@@ -98,8 +98,8 @@ class BundleReader(CheckpointReader):
         physical = f"{self.name}.{file}"
         return self._directory.size(physical) if physical in self._directory.files else None
 
-    def read_unverified(self, file: str) -> bytearray:
-        return self._disk.read(self._directory, f"{self.name}.{file}")
+    def read_into(self, file: str, at: int, buffers: Sequence[memoryview]) -> int:
+        return self._disk.read_into(self._directory, f"{self.name}.{file}", at, buffers)
 
     def manifest(self) -> Manifest:
         """What our manifest says; of a checkpoint that TensorFlow wrote itself, what can be known."""
@@ -107,19 +107,6 @@ class BundleReader(CheckpointReader):
             return super().manifest()
         time = os.stat(f"{self.prefix}.{INDEX}").st_mtime
         return Manifest(step=self._step, backend="tf-graph", wall_time=time, parts=(VARIABLES,), files={})
-
-    def verify(self, file: str, record: FileRecord) -> None:
-        """Read a file and keep nothing of it.
-
-        :raises CheckpointDamagedError: if its size or its hash is not as recorded.
-        """
-        size = self.size(file)
-        if size is None:
-            raise CheckpointDamagedError(self.name, f"{file} is missing")
-        if size != record.size:
-            raise CheckpointDamagedError(self.name, f"{file} has {size} bytes instead of {record.size}")
-        if hash_of(self._directory.chunks(f"{self.name}.{file}")) != record.xxh3_128:
-            raise CheckpointDamagedError(self.name, f"the content of {file} does not match its hash")
 
     def close(self) -> None:
         self._directory.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supervise_core.checkpoint_format import (
+    Base,
     CheckpointContent,
     CheckpointFormat,
     CheckpointReader,
@@ -19,10 +21,10 @@ from supervise_core.checkpoint_format import (
 from supervise_core.errors import CheckpointDamagedError, UnsupportedStateError
 from supervise_core.manifest import FileRecord, hash_of
 from supervise_core.numpy_codec import NumpyCodec
-from supervise_core.safetensors_format import parse
-from supervise_core.snapshot import Part, PartImage, Snapshot
+from supervise_core.parts import Part, Target
+from supervise_core.snapshot import PartImage, Snapshot
 from supervise_core.tagged_json import Json, decode
-from supervise_core.tensors import TensorCodec, TensorData
+from supervise_core.tensors import StoredTensor, TensorCodec
 from supervise_tf.bundle import BundleWriter, check_bundle, read_bundle
 from supervise_tf.bundle_files import BundleDraft, BundleReader
 from supervise_tf.stored_tensors import VARIABLES, from_tree, to_tree
@@ -57,7 +59,7 @@ class BundleFormat(CheckpointFormat):
                 others[0], "TensorFlow's checkpoints have no place for tensors outside the graph"
             )
 
-    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json) -> Written:
+    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
         assert isinstance(draft, BundleDraft), "a BundleFormat writes into the drafts of a BundleStore"
         self.check(snapshot, run_state)
         snapshot.finish()
@@ -69,17 +71,17 @@ class BundleFormat(CheckpointFormat):
         states = {part.name: part.state for part in snapshot.parts.values() if part.name != VARIABLES}
         return Written(files, {"parts": states, "run": run_state})
 
-    def read(self, reader: CheckpointReader, only: str | None = None) -> CheckpointContent:
+    def read(self, reader: CheckpointReader) -> CheckpointContent:
         assert isinstance(reader, BundleReader), "a BundleFormat reads the checkpoints of a BundleStore"
         manifest = reader.manifest()
         for file, record in manifest.files.items():
             reader.verify(file, record)
         if not manifest.files:
             check_bundle(reader.prefix)
-        parts: dict[str, Part] = {VARIABLES: BundlePart(VARIABLES, {}, {}, reader.prefix)}
+        parts: dict[str, Part] = {VARIABLES: BundlePart(VARIABLES, {}, {}, _nothing, reader.prefix)}
         match manifest.run:
             case {"parts": dict() as states, "run": run_state}:
-                parts |= {name: Part(name, state, {}) for name, state in states.items()}
+                parts |= {name: Part(name, state, {}, _nothing) for name, state in states.items()}
             case {}:
                 run_state = {}
             case _:
@@ -90,14 +92,23 @@ class BundleFormat(CheckpointFormat):
             raise CheckpointDamagedError(reader.name, f"the manifest's state of the run: {error}") from error
 
 
-class _Views(NumpyCodec):
-    """Arrays that look at the content instead of copying it."""
+def _nothing(_: Mapping[str, Target]) -> None:
+    """TensorFlow reads the variables itself, and there are no other tensors."""
 
-    def read(self, stored: TensorData) -> NDArray[Any]:
+
+class _Views(NumpyCodec):
+    """Arrays that look at a snapshot instead of copying it."""
+
+    def __init__(self, part: PartImage) -> None:
+        self._images = {tensor.spec.name: tensor for file in part.files for tensor in file.tensors}
+
+    def empty(self, stored: StoredTensor) -> NDArray[Any]:
         dtype, shape = self.dtype_and_shape(stored)
-        return np.frombuffer(stored.data, dtype).reshape(shape) if stored.spec.nbytes else np.empty(shape, dtype)
+        if not stored.spec.nbytes:
+            return np.empty(shape, dtype)
+        return np.frombuffer(self._images[stored.spec.name].content(), dtype).reshape(shape)
 
 
 def _views_of(part: PartImage) -> Any:
-    tensors = {name: entry for file in part.files for name, entry in parse(file.content).items()}
-    return Part(part.name, part.state, tensors).tree(_Views())
+    specs = {tensor.spec.name: tensor.spec for file in part.files for tensor in file.tensors}
+    return Part(part.name, part.state, specs, _nothing).restoration(_Views(part)).tree

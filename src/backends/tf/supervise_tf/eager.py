@@ -11,8 +11,10 @@ import tensorflow as tf
 from supervise_core.backend import Backend
 from supervise_core.data_source import BatchSource
 from supervise_core.errors import IncompatibleCheckpointError
+from supervise_core.parts import Parts
 from supervise_core.readiness import NotReady, Readiness, Ready
-from supervise_core.snapshot import Parts, Snapshot, Staging, check_part_name
+from supervise_core.snapshot import Snapshot, check_part_name
+from supervise_core.staging import Staging
 from supervise_tf.datasets import shuffles_anew
 from supervise_tf.inputs import is_end_of_input
 from supervise_tf.trackables import (

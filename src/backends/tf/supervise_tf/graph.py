@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from supervise_core.backend import Backend
 from supervise_core.errors import IncompatibleCheckpointError
+from supervise_core.parts import Parts
 from supervise_core.readiness import Readiness
 from supervise_core.services import Service
-from supervise_core.snapshot import Parts, Snapshot, Staging
+from supervise_core.snapshot import Snapshot
+from supervise_core.staging import Staging
 from supervise_tf.bundle import Key, shapes_of
 from supervise_tf.bundle_format import BundlePart
 from supervise_tf.graph_operations import GraphOperations

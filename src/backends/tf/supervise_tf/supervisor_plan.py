@@ -21,7 +21,7 @@ from supervise_core.plugins import hooks_of_run
 from supervise_core.retention import KeepAll, KeepEverySeconds, KeepLatest, Retention
 from supervise_core.services import Service, ServiceContext
 from supervise_core.session_manager import Recovery, Resume
-from supervise_core.snapshot import Staging
+from supervise_core.staging import Staging
 from supervise_core.summaries import EventSink
 from supervise_core.triggers import EverySeconds
 from supervise_tf.bundle_store import BundleStore

@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader
 
 from supervise_core.backend import Backend
 from supervise_core.data_source import BatchSource, is_stateful
+from supervise_core.parts import Parts
 from supervise_core.process_random import RandomState
 from supervise_core.readiness import NotReady, Readiness, Ready
-from supervise_core.snapshot import Parts, Snapshot, Staging, check_part_name
+from supervise_core.snapshot import Snapshot, check_part_name
+from supervise_core.staging import Staging
 from supervise_core.tensors import TensorCodec
-from supervise_torch.codec import TorchCodec, ViewingCodec
+from supervise_torch.codec import TorchCodec
 from supervise_torch.compatibility import check_module, check_optimizer, check_parts
 from supervise_torch.loader import LoaderSource
 from supervise_torch.random_state import seed_everything, set_torch_random_state, torch_random_state
@@ -166,24 +168,22 @@ class TorchBackend(Backend[TorchSession]):
 
     def load(self, session: TorchSession, parts: Parts) -> None:
         check_parts([*self._parts, _OWN_PART], parts)
-        viewing = ViewingCodec()  # a module copies what it is given; whatever else may keep it
-        saved = {
-            name: part.tree(viewing if isinstance(self._parts.get(name), torch.nn.Module) else self.codec)
-            for name, part in parts.items()
-        }
-        for name, part in self._parts.items():
-            if isinstance(part, torch.nn.Module):
-                check_module(name, part, saved[name])
-            elif isinstance(part, torch.optim.Optimizer):
-                check_optimizer(name, part, saved[name])
-        own = saved[_OWN_PART]
+        own = parts[_OWN_PART].tree(self.codec)
         with torch.no_grad():
             for name, part in self._parts.items():
                 if isinstance(part, torch.nn.Module):
-                    saved[name]._metadata = own["metadata"].get(name, {})
+                    check_module(name, part, parts[name].restoration(self.codec).tree)
+                elif isinstance(part, torch.optim.Optimizer):
+                    check_optimizer(name, part, parts[name].restoration(self.codec).tree)
+            for name, part in self._parts.items():
+                if isinstance(part, torch.nn.Module):
                     for child in part.modules():
                         _materialise(child, self._device)
-                _load_into(part, saved[name])
+                saved = parts[name].restoration(self.codec, _present_state(part))
+                saved.read()
+                if isinstance(part, torch.nn.Module):
+                    saved.tree._metadata = own["metadata"].get(name, {})
+                _load_into(part, saved.tree)
                 if isinstance(part, torch.optim.Optimizer) and own["global_step"]:
                     part._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns that it goes first
         session.steps = own["global_step"]
@@ -246,6 +246,16 @@ def _count_forward(session: TorchSession) -> Callable[[torch.nn.Module, Any], No
 
 def _state_of(part: Any) -> Any:
     return {"state": part.get_state()} if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _present_state(part: Any) -> Any:
+    """The state to be overwritten in place; None where only ``load_state_dict`` knows what belongs where.
+
+    Of a module the parameters themselves: ``load_state_dict`` then copies each onto itself, which costs nothing.
+    """
+    if isinstance(part, torch.nn.Module) and type(part).state_dict is torch.nn.Module.state_dict:
+        return part.state_dict(keep_vars=True)
+    return part.state_dict() if isinstance(part, torch.optim.Optimizer) else None
 
 
 def _load_into(part: Any, state: Any) -> None:

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 import torch
 
+from supervise_core.memory import Move, address_of
 from supervise_core.tagged_json import UNTOLD, Json, Untold
-from supervise_core.tensors import Stored, TensorCodec, TensorData
+from supervise_core.tensors import Arrival, Stored, StoredTensor, TensorCodec
 
 _DTYPES: Final = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
@@ -45,50 +46,47 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         named = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         return Stored("U8", (nbytes,), named | extra)
 
-    def copy_out(self, pairs: Sequence[tuple[torch.Tensor, memoryview]]) -> Callable[[], None] | None:
+    def copy_out(self, pairs: Sequence[tuple[torch.Tensor, memoryview]]) -> Arrival | None:
         on_cuda: dict[torch.device, list[tuple[torch.Tensor, memoryview]]] = {}
         with torch.no_grad():
             for tensor, memory in pairs:
-                if not tensor.numel():
-                    continue
                 plain = tensor.detach().resolve_conj().resolve_neg()
                 if plain.device.type == "cuda":
                     on_cuda.setdefault(plain.device, []).append((plain, memory))
                 else:
                     _copy_into(memory, plain)
-            waits = [self._copy_from_device(device, items) for device, items in on_cuda.items()]
-        if not waits:
+            arrivals = [self._copy_from_device(device, items) for device, items in on_cuda.items()]
+        if not arrivals:
             return None
 
-        def wait_for_all() -> None:
-            for wait in waits:
-                wait()
+        def await_all(move: Callable[[Sequence[Move]], object]) -> None:
+            for arrive in arrivals:
+                arrive(move)
 
-        return wait_for_all
+        return await_all
 
-    def read(self, stored: TensorData) -> torch.Tensor:
-        source = self._view(stored)
-        result = _empty(tuple(source.shape), source.dtype, stored.extra.get("strides"))
-        if source.numel():
-            _copyable(result).copy_(_copyable(source))
-        return result
-
-    def _view(self, stored: TensorData) -> torch.Tensor:
-        """The elements in row-major order, where they lie; copied only from where PyTorch must not work on them."""
+    def empty(self, stored: StoredTensor) -> torch.Tensor:
         dtype, shape = self.dtype_and_shape(stored)
         if any(not isinstance(side, int) or side < 0 for side in shape):
             raise ValueError(f"{shape!r} is not the shape of a tensor")
         if math.prod(shape) * dtype.itemsize != stored.spec.nbytes:
             raise ValueError(f"{stored.spec.nbytes} bytes are not a tensor of dtype {dtype} and shape {shape}")
-        if not stored.spec.nbytes:
-            return torch.empty(shape, dtype=dtype)
-        data = bytearray(stored.data) if stored.data.readonly else stored.data
-        plain = torch.frombuffer(data, dtype=torch.uint8)
-        if plain.data_ptr() % dtype.itemsize:
-            plain = plain.clone()
-        return plain.view(dtype).reshape(shape)
+        return _empty(shape, dtype, stored.extra.get("strides"))
 
-    def dtype_and_shape(self, stored: TensorData) -> tuple[torch.dtype, tuple[int, ...]]:
+    def copy_in(self, tensor: torch.Tensor, data: memoryview) -> None:
+        plain = torch.frombuffer(data, dtype=torch.uint8)
+        if plain.data_ptr() % tensor.dtype.itemsize:
+            plain = plain.clone()  # PyTorch crashes on wide elements that are not aligned
+        values = plain.view(tensor.dtype).reshape(tensor.shape)
+        with torch.no_grad():
+            _copyable(tensor).copy_(_copyable(values))
+
+    def address(self, value: torch.Tensor) -> int | None:
+        if value.device.type != "cpu" or not value.is_contiguous() or value.is_conj() or value.is_neg():
+            return None
+        return value.data_ptr()
+
+    def dtype_and_shape(self, stored: StoredTensor) -> tuple[torch.dtype, tuple[int, ...]]:
         """What the tensor was when it was saved."""
         if "dtype" not in stored.extra:
             return _TORCH_DTYPES[stored.spec.dtype], stored.spec.shape
@@ -124,9 +122,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
             case _:
                 return UNTOLD
 
-    def _copy_from_device(
-        self, device: torch.device, items: list[tuple[torch.Tensor, memoryview]]
-    ) -> Callable[[], None]:
+    def _copy_from_device(self, device: torch.device, items: list[tuple[torch.Tensor, memoryview]]) -> Arrival:
         """Copy on a stream of its own into pinned memory that is kept; the program's stream waits, the CPU does not."""
         current = torch.cuda.current_stream(device)
         side = self._streams.setdefault(device, torch.cuda.Stream(device))
@@ -142,15 +138,14 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         copied.record(side)
         current.wait_event(copied)
 
-        def finish() -> None:
+        def arrive(move: Callable[[Sequence[Move]], object]) -> None:
             copied.synchronize()
-            while copies:
-                pinned, memory = copies.pop()
-                _copy_into(memory, pinned)
+            move([Move(address_of(memory), pinned.data_ptr(), memory.nbytes) for pinned, memory in copies])
+            for pinned, _ in copies:
                 buffer = pinned.reshape(-1).view(torch.uint8)
                 self._free.setdefault(buffer.numel(), []).append(buffer)
 
-        return finish
+        return arrive
 
     def _take_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         """A pinned buffer, nobody else's until its copy was fetched from it: several parts share one snapshot."""
@@ -158,13 +153,6 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         free = self._free.get(nbytes)
         buffer = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return buffer.view(tensor.dtype).reshape(tensor.shape)
-
-
-class ViewingCodec(TorchCodec):
-    """Gives tensors that lie in what was read, for those who copy them at once and keep none."""
-
-    def read(self, stored: TensorData) -> torch.Tensor:
-        return super().read(stored) if "strides" in stored.extra else self._view(stored)
 
 
 def _check_dense(value: torch.Tensor) -> None:

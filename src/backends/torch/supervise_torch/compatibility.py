@@ -9,7 +9,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from supervise_core.errors import IncompatibleCheckpointError
-from supervise_core.snapshot import Parts
+from supervise_core.parts import Parts
 
 
 def check_parts(wanted: Iterable[str], parts: Parts) -> None:

@@ -1,0 +1,213 @@
+"""The memory that snapshots are copied into.
+
+A part of the state is a tree of dictionaries, lists and plain values whose leaves are tensors. The tensors are copied,
+at that moment, into memory that is already laid out as the safetensors files to be; everything else becomes tagged
+JSON. So a snapshot is one memory copy, holds one step, and what the program does afterwards cannot reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from supervise_core.disk import BLOCK
+from supervise_core.flattening import Flattening, FlatTensor, codecs_of
+from supervise_core.memory import Move, address_of, bring_up_to_date, own_memory, view_at
+from supervise_core.safetensors_format import Layout, lay_out
+from supervise_core.snapshot import FileImage, PartImage, Snapshot, TensorImage, check_part_name, shard_name
+from supervise_core.tensors import Arrival, TensorCodec, TensorSpec
+
+SHARD_BYTES = 5 * 10**9
+
+
+class Staging:
+    """Memory for one snapshot at a time, kept between snapshots, and kept from forked children.
+
+    What did not change since the snapshot before is compared and not copied, so that the writer knows what it need not
+    write again. ``shard_bytes`` is the size from which a part is split into several files, as Hugging Face's tools do.
+    """
+
+    def __init__(self, shard_bytes: int = SHARD_BYTES) -> None:
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes is a positive number of bytes, not {shard_bytes!r}")
+        self._shard_bytes = shard_bytes
+        self._kept: dict[str, _Kept] = {}
+        self._parts: dict[str, PartImage] = {}
+        self._pending: list[Callable[[], None]] = []
+        self._number = 0
+
+    def put(self, part: str, state: Any, codec: TensorCodec[Any] | None = None) -> None:
+        """Copy one part: a tree whose leaves are tensors that ``codec`` knows, NumPy arrays, or plain values.
+
+        :raises UnsupportedStateError: for a value that would not come back; names its path. Nothing is kept of it.
+        :raises ValueError: if the part cannot bear this name, or was put already.
+        """
+        check_part_name(part)
+        if part in self._parts:
+            raise ValueError(f"the part {part!r} was put twice into one snapshot")
+        flat = Flattening(part, codecs_of(codec))
+        skeleton = flat.encode(state)
+        self._number += 1
+        files, changed_at = self._take(flat)
+        self._parts[part] = PartImage(part, skeleton, files, changed_at, self._number)
+
+    def snapshot(self, step: int | None = None, consistent: bool = True) -> Snapshot:
+        """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""
+        parts, self._parts = self._parts, {}
+        pending, self._pending = self._pending, []
+        return Snapshot(parts, tuple(pending), step, consistent, self._is_live)
+
+    def discard(self) -> None:
+        """Forget what was put since the last snapshot, after a failure half way."""
+        self._parts, self._pending = {}, []
+
+    _is_live = False
+
+    def _take(self, flat: Flattening) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
+        """Copy the tensors of one part; its files, and when each tensor last changed."""
+        specs = [tensor.stored.spec for tensor in flat.tensors.values()]
+        kept = self._kept.get(flat.part)
+        if kept is None or kept.specs != specs:
+            self._kept.pop(flat.part, None)  # the old memory goes before the new one comes
+            kept = self._kept[flat.part] = _Kept.of(flat.part, specs, self._shard_bytes, self._number)
+        moves: list[Move] = []
+        handed: dict[str, list[tuple[Any, memoryview]]] = {}
+        before: dict[str, int] = {}
+        for name, tensor in flat.tensors.items():
+            nbytes = tensor.stored.spec.nbytes
+            if not nbytes:
+                continue
+            place = kept.places[name]
+            address = flat.codecs[tensor.tag].address(tensor.value)
+            if address is not None:
+                moves.append(Move(place, address, nbytes))
+            else:
+                handed.setdefault(tensor.tag, []).append((tensor.value, view_at(place, nbytes)))
+                before[name], kept.changed_at[name] = kept.changed_at[name], self._number
+        changed_at = kept.update(moves, self._number)
+        for tag, tensors in handed.items():
+            arrival = flat.codecs[tag].copy_out(tensors)
+            if arrival is not None:
+                self._pending.append(_finishing(arrival, kept, before, self._number, changed_at))
+        return kept.files, changed_at
+
+
+class NoStaging(Staging):
+    """No memory at all: tensors are written from where they are, while the training thread waits."""
+
+    _is_live = True
+
+    def _take(self, flat: Flattening) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
+        images = [
+            TensorImage(tensor.stored.spec, _reader_of(flat.codecs[tensor.tag], tensor))
+            for tensor in flat.tensors.values()
+        ]
+        sharded = _shards([image.spec for image in images], self._shard_bytes)
+        by_name = {image.spec.name: image for image in images}
+        files = tuple(
+            FileImage.of(name, [by_name[spec.name] for spec in shard])
+            for name, shard in zip(_file_names(flat.part, len(sharded)), sharded, strict=True)
+        )
+        return files, dict.fromkeys(by_name, self._number)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The memory of one part, laid out as its files."""
+
+    specs: list[TensorSpec]
+    files: tuple[FileImage, ...]
+    places: dict[str, int]
+    names: dict[int, str]
+    """By their places, of the tensors that have any bytes."""
+    changed_at: dict[str, int]
+
+    def update(self, moves: Sequence[Move], number: int) -> dict[str, int]:
+        """Bring the memory up to date; when each tensor last changed."""
+        for move, differs in zip(moves, bring_up_to_date(moves), strict=True):
+            if differs:
+                self.changed_at[self.names[move.target]] = number
+        return dict(self.changed_at)
+
+    @classmethod
+    def of(cls, part: str, specs: list[TensorSpec], shard_bytes: int, number: int) -> _Kept:
+        shards = _shards(specs, shard_bytes)
+        files: list[FileImage] = []
+        places: dict[str, int] = {}
+        for name, shard in zip(_file_names(part, len(shards)), shards, strict=True):
+            layout = lay_out(shard)
+            blocks = _allocate(layout)
+            begin = address_of(blocks)
+            places |= {spec.name: begin + layout.offsets[spec.name] for spec in shard}
+            ordered = sorted(shard, key=lambda spec: layout.offsets[spec.name])
+            tensors = [TensorImage(spec, _slice(blocks, layout.offsets[spec.name], spec.nbytes)) for spec in ordered]
+            files.append(FileImage(name, layout, tensors, blocks))
+        names = {places[spec.name]: spec.name for spec in specs if spec.nbytes}
+        return cls(specs, tuple(files), places, names, {spec.name: number for spec in specs})
+
+
+def _finishing(
+    arrival: Arrival,
+    kept: _Kept,
+    before: Mapping[str, int],
+    number: int,
+    changed_at: dict[str, int],
+) -> Callable[[], None]:
+    """Wait for copies from a device, and compare only then: till now they counted as changed."""
+    left = [arrival]
+
+    def update(moves: Sequence[Move]) -> None:
+        for name in (kept.names[move.target] for move in moves):
+            kept.changed_at[name] = before[name]
+        changed_at.update(kept.update(moves, number))
+
+    def finish() -> None:
+        while left:
+            left.pop()(update)
+
+    return finish
+
+
+def _allocate(layout: Layout) -> memoryview:
+    """Whole blocks of memory, with the header in place."""
+    view = own_memory(-(-layout.size // BLOCK) * BLOCK)
+    view[: len(layout.header)] = layout.header
+    return view
+
+
+def _slice(blocks: memoryview, begin: int, nbytes: int) -> Callable[[], memoryview]:
+    return lambda: blocks[begin : begin + nbytes]
+
+
+def _reader_of(codec: TensorCodec[Any], tensor: FlatTensor) -> Callable[[], memoryview]:
+    nbytes = tensor.stored.spec.nbytes
+
+    def read() -> memoryview:
+        address = codec.address(tensor.value)
+        if address is not None:
+            return view_at(address, nbytes)
+        copied = memoryview(bytearray(nbytes))
+        arrival = codec.copy_out([(tensor.value, copied)])
+        if arrival is not None:
+            arrival(bring_up_to_date)
+        return copied
+
+    return read
+
+
+def _file_names(part: str, count: int) -> list[str]:
+    return [shard_name(part, number, count) for number in range(1, count + 1)]
+
+
+def _shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """The tensors in their order, in groups of at most ``limit`` bytes (a larger tensor is a group of its own)."""
+    shards: list[list[TensorSpec]] = []
+    size = 0
+    for spec in specs:
+        if not shards or (size and size + spec.nbytes > limit):
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards

@@ -1,0 +1,158 @@
+"""Reading a safetensors file into memory that is there already, verified while it is read, by several threads.
+
+A file is read in pieces, each by one call straight to where its tensors belong. The reading threads run ahead; the
+pieces are hashed in the order of the file, and what was only passed through is handed over and forgotten.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+import xxhash
+
+from supervise_core.checkpoint_format import CheckpointReader
+from supervise_core.errors import CheckpointDamagedError, SessionStateError
+from supervise_core.manifest import FileRecord
+from supervise_core.memory import view_at
+from supervise_core.parts import Target
+from supervise_core.safetensors_format import HEADER_LENGTH, header_length, parse_header
+from supervise_core.tensors import TensorSpec
+
+_PIECE: Final = 4 << 20
+_MOST_BUFFERS: Final = 512  # of one call; Linux allows 1024
+_READERS: Final = min(4, os.cpu_count() or 1)
+_AHEAD: Final = _READERS + 2
+_WORTH_THREADS: Final = 4 * _PIECE
+
+
+class TensorFile:
+    """One safetensors file of a checkpoint that is held open."""
+
+    def __init__(self, reader: CheckpointReader, file: str, record: FileRecord) -> None:
+        """Reads the header, which is believed only once the whole file was read.
+
+        :raises CheckpointDamagedError: if the size is wrong, or this is no header of such a file.
+        """
+        self._reader = reader
+        self._file = file
+        self._record = record
+        reader.check_size(file, record)
+        try:
+            length = header_length(reader.content(file, 0, min(HEADER_LENGTH, record.size)), record.size)
+            self._header = bytes(reader.content(file, 0, length))
+            self._ranges = parse_header(self._header, record.size - length)
+        except CheckpointDamagedError:
+            raise
+        except ValueError as error:
+            raise CheckpointDamagedError(reader.name, f"{file}: {error}") from error
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """What it says that it holds."""
+        return {each.spec.name: each.spec for each in self._ranges}
+
+    def read(self, targets: Mapping[str, Target]) -> None:
+        """Read the tensors that are wanted to where they belong, and verify the whole file.
+
+        :raises CheckpointDamagedError: if its hash is wrong.
+        :raises SessionStateError: if the memory was changed by somebody else meanwhile.
+        """
+        if self._digest(targets) == self._record.xxh3_128:
+            return
+        if targets and self._digest({}) == self._record.xxh3_128:
+            raise SessionStateError(
+                f"tensors of {self._file} in {self._reader.name} were changed by another thread while they were "
+                "restored; begin such threads when the session is open"
+            )
+        raise CheckpointDamagedError(self._reader.name, f"the content of {self._file} does not match its hash")
+
+    def _digest(self, targets: Mapping[str, Target]) -> str:
+        digest = xxhash.xxh3_128(self._header)
+        pieces = self._pieces(targets)
+        if self._record.size < _WORTH_THREADS:
+            for piece in pieces:
+                self._fill(piece)
+                piece.hash_into(digest)
+            return digest.hexdigest()
+        waiting: deque[tuple[_Piece, Future[None]]] = deque()
+        with ThreadPoolExecutor(_READERS, "supervise-core reads") as readers:
+            try:
+                for piece in pieces:
+                    waiting.append((piece, readers.submit(self._fill, piece)))
+                    if len(waiting) >= _AHEAD:
+                        _take_first(waiting, digest)
+                while waiting:
+                    _take_first(waiting, digest)
+            finally:
+                for _, future in waiting:
+                    future.cancel()
+        return digest.hexdigest()
+
+    def _pieces(self, targets: Mapping[str, Target]) -> Iterator[_Piece]:
+        at = len(self._header)
+        piece = _Piece(at)
+        for each in self._ranges:
+            target = targets.get(each.spec.name)
+            left = each.spec.nbytes
+            passing = memoryview(bytearray(left)) if callable(target) else None
+            while left:
+                count = min(left, _PIECE - piece.nbytes)
+                done = each.spec.nbytes - left
+                if passing is not None:
+                    piece.add(passing[done : done + count])
+                elif isinstance(target, int):
+                    piece.add(view_at(target + done, count))
+                else:
+                    piece.add(memoryview(bytearray(count)))
+                left -= count
+                if not left and passing is not None and callable(target):
+                    piece.ended.append((target, passing))
+                if piece.is_full:
+                    yield piece
+                    at += piece.nbytes
+                    piece = _Piece(at)
+        if piece.buffers:
+            yield piece
+
+    def _fill(self, piece: _Piece) -> None:
+        if self._reader.read_into(self._file, piece.at, piece.buffers) != piece.nbytes:
+            raise CheckpointDamagedError(self._reader.name, f"{self._file} was cut off while it was read")
+
+
+def _take_first(waiting: deque[tuple[_Piece, Future[None]]], digest: xxhash.xxh3_128) -> None:
+    piece, future = waiting.popleft()
+    future.result()
+    piece.hash_into(digest)
+
+
+@dataclass(slots=True)
+class _Piece:
+    """What one call reads."""
+
+    at: int
+    buffers: list[memoryview] = field(default_factory=list[memoryview])
+    nbytes: int = 0
+    ended: list[tuple[Callable[[memoryview], None], memoryview]] = field(
+        default_factory=list[tuple[Callable[[memoryview], None], memoryview]]
+    )
+
+    def add(self, buffer: memoryview) -> None:
+        self.buffers.append(buffer)
+        self.nbytes += buffer.nbytes
+
+    @property
+    def is_full(self) -> bool:
+        return self.nbytes >= _PIECE or len(self.buffers) >= _MOST_BUFFERS
+
+    def hash_into(self, digest: xxhash.xxh3_128) -> None:
+        for buffer in self.buffers:
+            digest.update(buffer)
+        for take, content in self.ended:
+            take(content)
+        self.buffers.clear()
+        self.ended.clear()
