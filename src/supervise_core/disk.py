@@ -42,7 +42,12 @@ class Disk:
         :raises OSError: with EINVAL if it cannot be written like that; nothing was created then.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(path, flags | (os.O_DIRECT if direct else 0), 0o644)
+        try:
+            return os.open(path, flags | (os.O_DIRECT if direct else 0), 0o644)
+        except OSError as error:
+            if direct and error.errno == errno.EINVAL and os.path.lexists(path):
+                os.unlink(path)  # Linux makes the name before it finds that there are no direct writes
+            raise
 
     def allocate(self, descriptor: int, size: int) -> None:
         """Have room for so many bytes; nothing where the file system cannot promise it.
