@@ -6,6 +6,7 @@ is none of them: the kernel does it for the dead.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Generator, Sequence
@@ -139,6 +140,23 @@ class HastyDisk(Disk):
 
     def sync_directory(self, path: Path) -> None:
         return None
+
+
+class LinklessDisk(WatchedDisk):
+    """A real disk on which no file can have two names."""
+
+    def link(self, source: Path, target: Path) -> None:
+        self._before("link", target)
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(target))
+
+
+class CachedDisk(WatchedDisk):
+    """A real disk that everything goes to through the page cache: it has no direct writes."""
+
+    def create(self, path: Path, *, direct: bool = False) -> int:
+        if direct:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+        return super().create(path)
 
 
 class CrashingDisk(WatchedDisk):

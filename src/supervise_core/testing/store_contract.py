@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from supervise_core.checkpoint_format import CheckpointId
+from supervise_core.checkpoint_format import CheckpointId, Link
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.errors import CheckpointDamagedError, LeaseError, LeaseHeldError, LeaseLostError
 from supervise_core.manifest import FileRecord, Manifest, hash_of
+from supervise_core.memory import own_memory
 
 FILE = "model.safetensors"
+SHARD = "model-00001-of-00002.safetensors"
 
 
 def write_checkpoint(store: CheckpointStore, checkpoint: CheckpointId, content: bytes = b"content") -> CheckpointId:
@@ -23,9 +26,9 @@ def write_checkpoint(store: CheckpointStore, checkpoint: CheckpointId, content: 
     return draft.commit(manifest_of(checkpoint.step, content))
 
 
-def manifest_of(step: int, content: bytes) -> Manifest:
+def manifest_of(step: int, content: bytes, file: str = FILE) -> Manifest:
     """The manifest of a checkpoint of one file."""
-    files = {FILE: FileRecord(len(content), hash_of([content]))}
+    files = {file: FileRecord(len(content), hash_of([content]))}
     return Manifest(step=step, backend="none", wall_time=1.7e9 + step, parts=("model",), files=files)
 
 
@@ -43,6 +46,9 @@ class StoreContract(ABC):
     """
 
     directory: Path
+
+    can_link: ClassVar[bool] = True
+    """Whether its checkpoints can have a file in common; without it, ``Draft.link`` says False and does nothing."""
 
     @abstractmethod
     def make_store(self) -> CheckpointStore:
@@ -158,6 +164,91 @@ class StoreContract(ABC):
         with pytest.raises(OSError, match=re.escape(store.name_of(CheckpointId(7)))):
             write_checkpoint(store, CheckpointId(7), b"second")
         assert self.content(store, CheckpointId(7)) == b"first"
+
+    def test_blocks_come_back_without_what_only_fills_the_last_one(self, store: CheckpointStore) -> None:
+        content = bytes(range(256)) * 40
+        blocks = own_memory(3 * 4096)
+        blocks[: len(content)] = content
+        blocks[len(content) :] = b"x" * (len(blocks) - len(content))
+        draft = store.begin(CheckpointId(1))
+        draft.write_blocks(FILE, [blocks[:4096], blocks[4096:]], len(content))
+        draft.commit(manifest_of(1, content))
+        assert self.content(store, CheckpointId(1)) == content
+
+    # ---- sharing
+
+    def test_a_linked_file_is_there_under_its_new_name(self, store: CheckpointStore) -> None:
+        write_checkpoint(store, CheckpointId(1), b"frozen")
+        self.commit_linked(store, CheckpointId(2), CheckpointId(1), b"frozen")
+        assert self.content(store, CheckpointId(1)) == b"frozen"
+        assert self.content(store, CheckpointId(2), SHARD) == b"frozen"
+
+    def test_a_linked_file_survives_the_removal_of_every_older_checkpoint(self, store: CheckpointStore) -> None:
+        write_checkpoint(store, CheckpointId(1), b"frozen")
+        self.commit_linked(store, CheckpointId(2), CheckpointId(1), b"frozen")
+        store.remove(CheckpointId(1))
+        self.commit_linked(store, CheckpointId(3), CheckpointId(2), b"frozen", there=SHARD)
+        store.remove(CheckpointId(2))
+        assert store.checkpoints() == [CheckpointId(3)]
+        assert self.content(store, CheckpointId(3), SHARD) == b"frozen"
+
+    def test_links_are_made_all_or_none(self, store: CheckpointStore) -> None:
+        write_checkpoint(store, CheckpointId(1), b"frozen")
+        for there, size in (("absent.safetensors", 6), (FILE, 5), (FILE, 7)):
+            draft = store.begin(CheckpointId(2))
+            assert not draft.link(CheckpointId(1), [Link(FILE, FILE, 6), Link("other.safetensors", there, size)])
+            draft.write(FILE, [b"content"])
+            draft.write("other.safetensors", [b"free, too"])
+            draft.commit(manifest_of(2, b"content"))
+            assert self.content(store, CheckpointId(2)) == b"content"
+            store.remove(CheckpointId(2))
+        assert self.content(store, CheckpointId(1)) == b"frozen"
+
+    def test_no_links_to_a_checkpoint_that_is_gone(self, store: CheckpointStore) -> None:
+        write_checkpoint(store, CheckpointId(1))
+        store.retire(CheckpointId(1))
+        draft = store.begin(CheckpointId(2))
+        for gone in (CheckpointId(1), CheckpointId(3)):
+            assert not draft.link(gone, [Link(FILE, FILE, len(b"content"))])
+        draft.write(FILE, [b"content"])
+        draft.commit(manifest_of(2, b"content"))
+        assert self.content(store, CheckpointId(2)) == b"content"
+
+    def test_a_draft_that_is_discarded_takes_no_linked_file_with_it(self, store: CheckpointStore) -> None:
+        write_checkpoint(store, CheckpointId(1), b"frozen")
+        draft = store.begin(CheckpointId(2))
+        assert draft.link(CheckpointId(1), [Link(SHARD, FILE, 6)]) is self.can_link
+        draft.discard()
+        assert store.checkpoints() == [CheckpointId(1)]
+        assert self.content(store, CheckpointId(1)) == b"frozen"
+
+    def test_a_draft_can_link_what_it_takes_the_place_of(self, store: CheckpointStore) -> None:
+        write_checkpoint(store, CheckpointId(1), b"frozen")
+        draft = store.begin(CheckpointId(1, 1))
+        if not draft.link(CheckpointId(1), [Link(SHARD, FILE, 6)]):
+            draft.write(SHARD, [b"frozen"])
+        committed = draft.commit(manifest_of(1, b"frozen", SHARD), replaces=CheckpointId(1))
+        assert self.content(store, committed, SHARD) == b"frozen"
+
+    @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "", ".hidden", "manifest.json"])
+    def test_a_linked_file_cannot_leave_the_checkpoint(self, store: CheckpointStore, name: str) -> None:
+        if not self.can_link:
+            pytest.skip("this store does not link")
+        write_checkpoint(store, CheckpointId(1))
+        draft = store.begin(CheckpointId(2))
+        with pytest.raises(ValueError, match="is not the name of a file that a checkpoint may have"):
+            draft.link(CheckpointId(1), [Link(name, FILE, len(b"content"))])
+        draft.discard()
+
+    def commit_linked(
+        self, store: CheckpointStore, checkpoint: CheckpointId, older: CheckpointId, content: bytes, there: str = FILE
+    ) -> None:
+        """Commit a checkpoint that has the one file of an older one, under another name; or a copy of it."""
+        draft = store.begin(checkpoint)
+        assert draft.link(older, [Link(SHARD, there, len(content))]) is self.can_link
+        if not self.can_link:
+            draft.write(SHARD, [content])
+        draft.commit(manifest_of(checkpoint.step, content, SHARD))
 
     # ---- removing
 
@@ -281,6 +372,7 @@ class StoreContract(ABC):
         for change in (
             lambda: draft.write(FILE, [b"content"]),
             lambda: late.commit(manifest_of(3, b"content")),
+            *([lambda: draft.link(CheckpointId(1), [Link(FILE, FILE, len(b"content"))])] if self.can_link else []),
             lambda: store.begin(CheckpointId(4)),
             lambda: store.remove(CheckpointId(1)),
             lambda: store.set_aside(CheckpointId(1), "a zombie's reason"),
@@ -301,7 +393,7 @@ class StoreContract(ABC):
             store.beat()
         store.check_lease()
 
-    def content(self, store: CheckpointStore, checkpoint: CheckpointId) -> bytes:
+    def content(self, store: CheckpointStore, checkpoint: CheckpointId, file: str = FILE) -> bytes:
         """The verified content of the one file of a checkpoint."""
         with store.open(checkpoint) as reader:
-            return bytes(reader.read(FILE, reader.manifest().files[FILE]))
+            return bytes(reader.read(file, reader.manifest().files[file]))
