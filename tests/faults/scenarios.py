@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from supervise_core.checkpoint_files import verify_checkpoint, write_snapshot
-from supervise_core.checkpoint_format import CheckpointId
+from supervise_core.checkpoint_format import Base, CheckpointId
 from supervise_core.checkpointer import prune
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.disk import Disk
@@ -24,6 +24,8 @@ from supervise_core.testing.disks import Crash, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeHost, FakeMachine
 
 REASON = "the hash is wrong"
+
+_FROZEN = ((1, "model.safetensors"), (2, "model-00001-of-00002.safetensors"), (3, "model-00001-of-00002.safetensors"))
 
 
 class SkippingClock(FakeClock):
@@ -48,6 +50,30 @@ def save(store: DirectoryStore, step: int) -> None:
     snapshot = staging.snapshot()
     files = write_snapshot(draft, snapshot, {"data": None}).files
     draft.commit(Manifest(step, "numpy", 1.7e9 + step, tuple(snapshot.parts), files))
+
+
+class Series:
+    """Saves of one run, each of which shares with the one before it what did not change."""
+
+    def __init__(self, store: DirectoryStore) -> None:
+        self.store = store
+        self.frozen = np.arange(100.0)
+        self.trained = np.zeros(10)
+        self._staging = Staging()
+        self._base: Base | None = None
+
+    def save(self, step: int, *, replaces: CheckpointId | None = None) -> CheckpointId:
+        """Commit a checkpoint in which only ``trained`` is new."""
+        self.trained += 1
+        self._staging.put("model", {"frozen": self.frozen, "trained": self.trained})
+        self._staging.put("plain", {"step": step})
+        revision = 0 if replaces is None else replaces.revision + 1
+        draft, snapshot = self.store.begin(CheckpointId(step, revision)), self._staging.snapshot()
+        written = write_snapshot(draft, snapshot, {"data": None}, self._base)
+        manifest = Manifest(step, "numpy", 1.7e9 + step, tuple(snapshot.parts), written.files)
+        committed = draft.commit(manifest, replaces)
+        self._base = Base(committed, written.placed)
+        return committed
 
 
 @dataclass(frozen=True)
@@ -121,6 +147,35 @@ def _two(store: DirectoryStore) -> None:
 def _three(store: DirectoryStore) -> None:
     _two(store)
     save(store, 3)
+
+
+def _three_linked(store: DirectoryStore) -> None:
+    series = Series(store)
+    for step in (1, 2, 3):
+        series.save(step)
+    inodes = {(store.path / f"model.ckpt-{step}" / name).stat().st_ino for step, name in _FROZEN}
+    assert len(inodes) == 1, "they have nothing in common"
+
+
+def _save_two_linked(store: DirectoryStore) -> None:
+    series = Series(store)
+    series.save(1)
+    series.save(2)
+
+
+def _save_linked_and_remove(store: DirectoryStore) -> None:
+    """As every save does that prunes: the file has one name, two, and one again."""
+    series = Series(store)
+    series.save(1)
+    series.save(2)
+    prune(store, KeepLatest(1))
+    series.save(3)
+    prune(store, KeepLatest(1))
+
+
+def _save_linked_in_place_of_another(store: DirectoryStore) -> None:
+    series = Series(store)
+    assert series.save(2, replaces=series.save(2)) == CheckpointId(2)
 
 
 def _with_damaged(store: DirectoryStore) -> None:
@@ -251,5 +306,36 @@ SCENARIOS = (
         _with_damaged,
         lambda store: store.retire_damaged(),
         (State(_c(1, 2), ((*_c(3), REASON),)), State(_c(1, 2), (), _c(3))),
+    ),
+    Scenario("linked commit", None, _save_two_linked, (State(()), State(_c(1)), State(_c(1, 2)))),
+    Scenario(
+        "linked commit and prune",
+        None,
+        _save_linked_and_remove,
+        (State(()), State(_c(1)), State(_c(1, 2)), State(_c(2)), State(_c(2, 3)), State(_c(3))),
+    ),
+    Scenario(
+        "prune linked",
+        _three_linked,
+        lambda store: prune(store, KeepLatest(1)),
+        (State(_c(1, 2, 3)), State(_c(2, 3)), State(_c(3))),
+    ),
+    Scenario(
+        "set aside linked",
+        _three_linked,
+        _set_aside(2),
+        (State(_c(1, 2, 3)), State(_c(1, 3), ((*_c(2), REASON),))),
+    ),
+    Scenario(
+        "retire linked",
+        _three_linked,
+        lambda store: store.retire(CheckpointId(1)),
+        (State(_c(1, 2, 3)), State(_c(2, 3), (), _c(1))),
+    ),
+    Scenario(
+        "exchange linked",
+        None,
+        _save_linked_in_place_of_another,
+        (State(()), State(_c(2))),
     ),
 )
