@@ -69,6 +69,10 @@ class NumpyCodec(TensorCodec["NDArray[Any]"]):
         where: int = value.__array_interface__["data"][0]
         return where
 
+    def is_writable(self, value: NDArray[Any]) -> bool:
+        repeats = any(side > 1 and not stride for side, stride in zip(value.shape, value.strides, strict=True))
+        return value.flags.writeable and not (repeats and value.size)
+
     def dtype_and_shape(self, stored: StoredTensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """What the array was when it was saved."""
         if "dtype" in stored.extra:
