@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from supervise_core.summaries import Histogram, Image, Text
     from supervise_core.supervisor import Supervisor
     from supervise_core.tensors import TensorCodec
-    from supervise_core.triggers import AtSteps, Due, EverySeconds, EverySteps, Firing, Trigger
+    from supervise_core.triggers import AtSteps, Due, EverySeconds, EverySteps, Firing, Overhead, Trigger
 
 __version__ = "0.1.0"
 
@@ -111,6 +111,7 @@ __all__ = [
     "Looper",
     "NotReady",
     "NotReadyError",
+    "Overhead",
     "Part",
     "Parts",
     "PolicyError",
@@ -185,7 +186,7 @@ _MODULES = {
     "summaries": ("Histogram", "Image", "Text"),
     "supervisor": ("Supervisor",),
     "tensors": ("TensorCodec",),
-    "triggers": ("AtSteps", "Due", "EverySeconds", "EverySteps", "Firing", "Trigger"),
+    "triggers": ("AtSteps", "Due", "EverySeconds", "EverySteps", "Firing", "Overhead", "Trigger"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

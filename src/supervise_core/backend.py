@@ -43,6 +43,11 @@ class Backend(ABC, Generic[SessionT]):
     """Whether ``snapshot`` may be called by another thread while training runs. Then a program that never comes to a
     step boundary is saved all the same, and the checkpoint is marked as one that may mix two steps."""
 
+    grows_at_first_step: ClassVar[bool] = False
+    """Whether the state has more tensors after the first step than before it. Then memory for them is had right after
+    that step, beside the loop, and the first save of them is as quick as the later ones. ``snapshot`` is called once
+    more for it, without copying anything."""
+
     codec: ClassVar[TensorCodec[Any]] = NumpyCodec()
     """How this framework's tensors become bytes; also makes the tensors that ``CheckpointDirectory`` hands out."""
 

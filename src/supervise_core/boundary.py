@@ -54,6 +54,8 @@ class Appointment:
         self.name = name
         self.beside: Callable[[], None] | None = None
         """What can be done without a boundary, by the timer's thread, where the loop comes to none."""
+        self.cost: Callable[[], float] | None = None
+        """What doing it costs the training loop, in seconds, where that is more than the time that it takes here."""
         self.approaching = False
         """Whether it is due at this boundary or the next one, so that values of this very step are wanted."""
         self.fired_by_time = False
@@ -64,6 +66,7 @@ class Appointment:
         self._last = begun
         self._lock = threading.Lock()
         self._requested = False
+        self._acting = self._postponed = False
         self._warned = False
         self._rung: tuple[float | None, float] = None, 0.0
         self.due = self._next()
@@ -77,7 +80,17 @@ class Appointment:
         """Have it done in that many seconds, and not before, whatever the trigger says. From any thread."""
         with self._lock:
             self._requested = False
+            self._postponed = True
             self.due = Due(seconds=self._boundary.clock.monotonic() + seconds)
+        self._boundary.reschedule()
+
+    def plan_again(self) -> None:
+        """Ask the trigger once more, as the cost is known better now. From any thread."""
+        with self._lock:
+            if self._acting or self._postponed or self.cost is None:
+                return
+            self._last = Firing(self._last.step, self._last.seconds, self.cost())
+            self.due = self._next()
         self._boundary.reschedule()
 
     def is_due(self, step: int, now: float) -> bool:
@@ -99,14 +112,19 @@ class Appointment:
             if not self.is_due(step, now):
                 return
             self.fired_by_time = not self._requested and (self.due.step is None or step < self.due.step)
-            self._requested = self.approaching = False
-            self._last = Firing(step, now)
-            self.due = planned = self._next()
-        self._action(step)
-        with self._lock:
-            if self.due is planned:
-                self._last = Firing(step, now, self._boundary.clock.monotonic() - now)
-                self.due = self._next()
+            self._requested = self.approaching = self._postponed = False
+            self._acting = True
+            self._last = Firing(step, now, self._last.cost)
+            self.due = self._next()
+        try:
+            self._action(step)
+        finally:
+            with self._lock:
+                self._acting = False
+                if not self._postponed:
+                    held = self._boundary.clock.monotonic() - now
+                    self._last = Firing(step, now, held if self.cost is None else self.cost())
+                    self.due = self._next()
 
     @property
     def was_overlooked(self) -> bool:
@@ -141,7 +159,7 @@ class Appointment:
             )
         if self.beside is not None:
             with self._lock:
-                self._last = Firing(self._last.step, now)
+                self._last = Firing(self._last.step, now, self._last.cost)
                 self.due = self._next()
             self.beside()
 

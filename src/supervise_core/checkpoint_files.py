@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import xxhash
 
@@ -41,31 +42,49 @@ def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json, base: Base
     snapshot.finish()
     records: dict[str, FileRecord] = {}
     placed: dict[str, PlacedPart] = {}
-    for part in snapshot.parts.values():
-        placement = place(draft, part, base)
-        for shard in placement.linked:
-            records[shard.file] = shard.record
-        written = [Shard(file.name, write_image(draft, file), _sizes(file)) for file in placement.files]
-        records |= {shard.file: shard.record for shard in written}
-        placed[part.name] = PlacedPart([*placement.linked, *written], part.number)
-        if len(placed[part.name].shards) > 1:
-            index = _index_of(placed[part.name].shards)
-            _write_small(draft, index_name(part.name), index, records)
+    with _ImageWriter(draft) as writer:
+        for part in snapshot.parts.values():
+            placement = place(draft, part, base)
+            written = [Shard(file.name, writer.write(file), _sizes(file)) for file in placement.files]
+            shards = [*placement.linked, *written]
+            records |= {shard.file: shard.record for shard in shards}
+            placed[part.name] = PlacedPart(shards, part.number)
+            if len(shards) > 1:
+                _write_small(draft, index_name(part.name), _index_of(shards), records)
     state = {"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state}
     _write_small(draft, STATE, state, records)
-    return Written(records, placed=placed)
+    return Written(records, placed=placed, helped=writer.helped)
 
 
-def write_image(draft: Draft, image: FileImage) -> FileRecord:
-    """Write one file of tensors; its size and hash."""
-    if image.blocks is None:
-        digest = xxhash.xxh3_128()
-        draft.write_blocks(image.name, in_blocks(image.chunks(), image.size, digest.update), image.size)
-        return FileRecord(image.size, digest.hexdigest())
-    with ThreadPoolExecutor(1, "supervise-core hashes") as hashing:  # while the disk writes, as both let go of the GIL
-        hashed = hashing.submit(hash_of, image.chunks())
-        draft.write_blocks(image.name, [image.blocks], image.size)
+class _ImageWriter:
+    """Writes files of tensors, and hashes them meanwhile on a thread of its own: both let go of the GIL."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._hashing = ThreadPoolExecutor(1, "supervise-core hashes")
+        self.helped = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hashing.shutdown()
+
+    def write(self, image: FileImage) -> FileRecord:
+        """Write one file; its size and hash."""
+        if image.blocks is None:
+            digest = xxhash.xxh3_128()
+            self._draft.write_blocks(image.name, in_blocks(image.chunks(), image.size, digest.update), image.size)
+            return FileRecord(image.size, digest.hexdigest())
+        hashed = self._hashing.submit(self._hash, image)
+        self._draft.write_blocks(image.name, [image.blocks], image.size)
         return FileRecord(image.size, hashed.result())
+
+    def _hash(self, image: FileImage) -> str:
+        began = time.thread_time()
+        digest = hash_of(image.chunks())
+        self.helped += time.thread_time() - began
+        return digest
 
 
 def check_state_size(snapshot: Snapshot, run_state: Json) -> None:

@@ -229,6 +229,8 @@ class Written:
     files: Mapping[str, FileRecord]
     run: Mapping[str, Any] = field(default_factory=dict[str, Any])
     placed: Mapping[str, PlacedPart] = field(default_factory=dict[str, PlacedPart])
+    helped: float = 0.0
+    """Processor time of other threads than the caller's, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)

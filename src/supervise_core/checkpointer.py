@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -52,7 +53,8 @@ class Checkpointer:
 
     ``capture(step)`` makes the ``PendingSave`` of this moment in the one staging memory there is; so no snapshot is
     taken while another one is being written from there. The lock keeps the training thread and the one that saves
-    beside the loop from taking two at once.
+    beside the loop from taking two at once. A snapshot that only looks at the live tensors is written before whoever
+    took it goes on, and so none of them is held for later.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Checkpointer:
         self._known: dict[CheckpointId, Kept] = {}
         self._branch: set[CheckpointId] = set()
         self._base: Base | None = None
+        self._stall = self._beside_cost = 0.0
         self._thread: threading.Thread | None = None
         self._taking = threading.Lock()
         self._final_error: BaseException | None = None
@@ -98,6 +101,15 @@ class Checkpointer:
     def serve(self, appointment: Appointment) -> None:
         """Take saves from the appointment on."""
         self._appointment = appointment
+        appointment.cost = self.cost
+        appointment.plan_again()
+
+    def cost(self) -> float:
+        """Seconds of training that a save takes, by the last ones: what the loop waits, and what the writer computes.
+
+        That is the most that it can be: where there are processors to spare, the writer costs less.
+        """
+        return self._stall + self._beside_cost
 
     def request(self) -> None:
         """Have a save taken at the next boundary; nothing where none are served."""
@@ -123,7 +135,9 @@ class Checkpointer:
 
         :raises UnsupportedStateError: for what cannot be kept.
         """
+        began = self._clock.monotonic()
         pending = self._capture(step)
+        self._stall = self._clock.monotonic() - began
         self._store.format.check(pending.snapshot, pending.run_state)
 
     def save(self, step: int, *, wait: bool) -> None:
@@ -136,12 +150,14 @@ class Checkpointer:
             self._wanted = True
             return
         with self._taking:
+            began = self._clock.monotonic()
             failures = self._failures
             self._await_idle()
             if self._failures > failures:
                 return  # the one waited for failed; the next try has its time already
             self._held = None
             self._submit(self._capture(step))
+            self._stall = self._clock.monotonic() - began
 
     def save_beside(self, capture: Callable[[], PendingSave]) -> None:
         """Have a snapshot written that another thread than the training thread takes, if the memory is free for it."""
@@ -157,13 +173,19 @@ class Checkpointer:
         """Take a snapshot and keep it in memory, in case it turns out to be the last one that may be saved."""
         with self._taking:
             if not self.is_busy:
-                self._held = self._capture(step)
+                self._hold(self._capture(step))
 
     def hold_final(self, step: int) -> None:
         """As ``hold``, but wait for the save that is being written, for its memory."""
         with self._taking:
             self._await_idle()
-            self._held = self._capture(step)
+            self._hold(replace(self._capture(step), final=True))
+
+    def _hold(self, pending: PendingSave) -> None:
+        failures = self._failures
+        if pending.snapshot.is_live:
+            self._submit(pending)
+        self._held = pending if self._failures == failures else None
 
     @property
     def held_step(self) -> int | None:
@@ -176,7 +198,7 @@ class Checkpointer:
     def submit_final(self) -> bool:
         """Have the snapshot held written as the last one of the run; whether there was one."""
         held, self._held = self._held, None
-        if held is not None:
+        if held is not None and not held.snapshot.is_live:  # what is live was written when it was held
             self._submit(replace(held, final=True))
         return held is not None
 
@@ -192,6 +214,8 @@ class Checkpointer:
     def _submit(self, pending: PendingSave) -> None:
         self._idle.clear()
         self._queue.put(pending)
+        if pending.snapshot.is_live:
+            self._await_idle()
 
     def _await_idle(self) -> None:
         """Bounded by the disk alone; says what it waits for."""
@@ -217,12 +241,16 @@ class Checkpointer:
                     self._appointment.request()
 
     def _write(self, pending: PendingSave) -> None:
+        began = time.thread_time()
         try:
-            self._commit(pending)
+            helped = self._commit(pending)
         except Exception as error:
             self._failed(pending, error)
         else:
             self._failures = 0
+            self._beside_cost = 0.0 if pending.snapshot.is_live else time.thread_time() - began + helped
+            if self._appointment is not None:
+                self._appointment.plan_again()
 
     def _failed(self, pending: PendingSave, error: Exception) -> None:
         self._failures += 1
@@ -240,18 +268,19 @@ class Checkpointer:
             self._appointment.postpone(RETRY_AFTER[self._failures - 1])
         self._report.failed_saves += 1  # last: who sees it may count on the next try having its time
 
-    def _commit(self, pending: PendingSave) -> None:
+    def _commit(self, pending: PendingSave) -> float:
+        """Write and commit, prune, and tell; the processor time of other threads that this took, in seconds."""
         same_step = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step == pending.step]
         older = same_step[-1] if same_step else None
         if older is not None and not pending.consistent:
-            return  # what is there is as good or better
+            return 0.0  # what is there is as good or better
         draft = self._store.begin(CheckpointId(pending.step, 0 if older is None else older.revision + 1))
         try:
             written = self._store.format.write(draft, pending.snapshot, pending.run_state, self._base)
             manifest = self._manifest(pending, written)
             if older is not None and self._is_same(older, manifest):
                 draft.discard()
-                return
+                return written.helped
             committed = draft.commit(manifest, replaces=older)
             self._base = Base(committed, written.placed)
         except Exception:
@@ -265,6 +294,7 @@ class Checkpointer:
         self._retire_later(pending.step)
         self._branch.add(committed)
         prune(self._store, self._keep, self._known)
+        return written.helped
 
     def _retire_later(self, step: int) -> None:
         """The program set its step back: what bears a higher one is of a branch that is gone on with no more.

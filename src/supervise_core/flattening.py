@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from supervise_core.errors import UnsupportedStateError
 from supervise_core.numpy_codec import NumpyCodec
@@ -24,23 +23,28 @@ def codecs_of(codec: TensorCodec[Any] | None) -> dict[str, TensorCodec[Any]]:
     return {TENSOR: codec, ARRAY: NumpyCodec()}
 
 
-@dataclass(frozen=True, slots=True)
-class FlatTensor:
-    """One tensor of a tree, with the tag of the codec that knows it."""
+class FlatTensor(NamedTuple):
+    """One tensor of a tree, with the tag of the codec that knows it, and its address if it has one."""
 
     tag: str
     value: Any
     stored: StoredTensor
+    address: int | None
 
 
-@dataclass(slots=True)
 class Flattening:
-    """The tensors of one tree, named by their paths: ``blocks.0.weight``, ``state.3.exp_avg``."""
+    """The tensors of one tree, named by their paths: ``blocks.0.weight``, ``state.3.exp_avg``.
 
-    part: str
-    codecs: Mapping[str, TensorCodec[Any]]
-    tensors: dict[str, FlatTensor] = field(default_factory=dict[str, FlatTensor])
-    _leaves: dict[Hashable, Json] = field(default_factory=dict[Hashable, Json])
+    ``names`` remembers what paths are called, from one flattening of a tree to the next.
+    """
+
+    def __init__(self, part: str, codecs: Mapping[str, TensorCodec[Any]], names: dict[str, str] | None = None) -> None:
+        self.part = part
+        self.codecs = codecs
+        self.tensors: dict[str, FlatTensor] = {}
+        self._names: dict[str, str] = {} if names is None else names
+        self._at: dict[tuple[str, int], FlatTensor] = {}
+        self._leaves: dict[Hashable, Json] = {}
 
     def encode(self, tree: Any) -> Json:
         """The tree as tagged JSON, which names the tensors.
@@ -59,26 +63,47 @@ class Flattening:
             raise UnsupportedStateError(path, str(error)) from error
 
     def _tensor(self, path: str, tag: str, codec: TensorCodec[Any], value: Any) -> Json:
-        identity = codec.identity(value)
-        if identity is not None and (tag, identity) in self._leaves:
-            return self._leaves[tag, identity]
         try:
             described = codec.describe(value)
         except TypeError as error:
             raise UnsupportedStateError(path, str(error)) from error
+        address = codec.address(value)
+        if (known := self._tied(tag, codec, value, address)) is not None:
+            return known
         name = self._unique_name(path)
-        stored = StoredTensor(TensorSpec(name, described.dtype, described.shape), described.extra)
-        self.tensors[name] = FlatTensor(tag, value, stored)
-        leaf = {tag: name, **described.extra}
-        if identity is not None:
-            self._leaves[tag, identity] = leaf
-        return leaf
+        spec = TensorSpec(name, described.dtype, described.shape)
+        flat = self.tensors[name] = FlatTensor(tag, value, StoredTensor(spec, described.extra), address)
+        if address is not None:
+            self._at[tag, address] = flat
+        elif (identity := codec.identity(value)) is not None:
+            self._leaves[tag, identity] = _leaf_of(flat)
+        return _leaf_of(flat)
+
+    def _tied(self, tag: str, codec: TensorCodec[Any], value: Any, address: int | None) -> Json | None:
+        """The leaf of the tensor that this one is, too, if it came before. Identities are asked for only where two
+        tensors begin at one address: that is rare, and to ask is not cheap."""
+        if address is None:
+            identity = codec.identity(value)
+            return None if identity is None else self._leaves.get((tag, identity))
+        other = self._at.get((tag, address))
+        if other is None:
+            return None
+        identity = codec.identity(value)
+        if identity is not None and (tag, identity) not in self._leaves:
+            self._leaves[tag, codec.identity(other.value)] = _leaf_of(other)
+        return None if identity is None else self._leaves.get((tag, identity))
 
     def _unique_name(self, path: str) -> str:
         """``model['conv.weight']`` is stored as ``conv.weight``, ``optimizer['state'][0]['exp_avg']`` as it reads."""
-        keys = _KEY.findall(path, len(self.part))
-        plain = ".".join([one or other or bare for one, other, bare in keys]) or self.part
+        plain = self._names.get(path)
+        if plain is None:
+            keys = _KEY.findall(path, len(self.part))
+            plain = self._names[path] = ".".join([one or other or bare for one, other, bare in keys]) or self.part
         name, number = plain, 2
         while name in self.tensors or name == "__metadata__":
             name, number = f"{plain}#{number}", number + 1
         return name
+
+
+def _leaf_of(tensor: FlatTensor) -> Json:
+    return {tensor.tag: tensor.stored.spec.name, **tensor.stored.extra}

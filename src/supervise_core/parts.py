@@ -163,7 +163,7 @@ def _reusable(part: str, tree: Any, codecs: Mapping[str, TensorCodec[Any]]) -> M
     extents = sorted(
         (address, address + tensor.stored.spec.nbytes, name)
         for name, tensor in flat.tensors.items()
-        if tensor.stored.spec.nbytes and (address := codecs[tensor.tag].address(tensor.value)) is not None
+        if tensor.stored.spec.nbytes and (address := tensor.address) is not None
     )
     shared: set[str] = set()
     end, owner = 0, ""
@@ -177,4 +177,5 @@ def _reusable(part: str, tree: Any, codecs: Mapping[str, TensorCodec[Any]]) -> M
         name: tensor
         for name, tensor in flat.tensors.items()
         if name not in shared and name not in repeated and "#" not in name
+        if codecs[tensor.tag].is_writable(tensor.value)
     }

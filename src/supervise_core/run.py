@@ -23,7 +23,7 @@ from supervise_core.services import Service, ServiceContext
 from supervise_core.signals import StopSignals, exception_of, exit_status_of
 from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
 from supervise_core.summaries import EventSink, read_value
-from supervise_core.triggers import Trigger
+from supervise_core.triggers import AtSteps, Trigger
 
 _log = logging.getLogger(__name__)
 
@@ -197,6 +197,9 @@ class Run(Generic[SessionT]):
         if self.saver is not None:
             beside = self.saver.save_beside if plan.backend.saves_beside_the_loop else None
             self._start(CheckpointService(self.saver.checkpointer, plan.save_every, beside))
+            if plan.backend.grows_at_first_step:
+                saver = self.saver
+                self.boundary.appoint("memory for checkpoints", AtSteps(step + 1), lambda _: saver.prepare())
             if self._opened:  # late: the loop may be within a step
                 self.saver.checkpointer.request()
             elif content is None or self.report.restored not in self._own_checkpoints():

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import platform
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from supervise_core.errors import SessionStateError
 from supervise_core.plan import Plan
 from supervise_core.report import RunReport
 from supervise_core.snapshot import Snapshot
-from supervise_core.staging import Staging
+from supervise_core.staging import Outline, Staging
 from supervise_core.summaries import EventSink
 from supervise_core.tagged_json import encode
 
@@ -149,6 +150,17 @@ class RunSaver:
             self._warn_of_concurrency()
         taken_at = step if snapshot.step is None else snapshot.step
         return PendingSave(taken_at, snapshot, run_state, metrics, consistent=snapshot.consistent)
+
+    def prepare(self) -> None:
+        """Have memory for the state as it is now, made by a thread beside the loop: the next save finds it there."""
+        outline = Outline()
+        self._snapshot(self._session, outline)
+
+        def reserve() -> None:
+            with self._coordinator.stop_on_exception("the memory for checkpoints"):
+                self._plan.staging.reserve(outline)
+
+        threading.Thread(target=reserve, name="supervise-core memory", daemon=True).start()
 
     def save_beside(self) -> None:
         """Save without a boundary; on the timer's thread, while training runs."""

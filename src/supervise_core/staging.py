@@ -7,9 +7,12 @@ JSON. So a snapshot is one memory copy, holds one step, and what the program doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from supervise_core.disk import BLOCK
 from supervise_core.flattening import Flattening, FlatTensor, codecs_of
@@ -18,7 +21,8 @@ from supervise_core.safetensors_format import Layout, lay_out
 from supervise_core.snapshot import FileImage, PartImage, Snapshot, TensorImage, check_part_name, shard_name
 from supervise_core.tensors import Arrival, TensorCodec, TensorSpec
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES: Final = 5 * 10**9
+_NAMES_TO_SPARE: Final = 1000
 
 
 class Staging:
@@ -33,9 +37,11 @@ class Staging:
             raise ValueError(f"shard_bytes is a positive number of bytes, not {shard_bytes!r}")
         self._shard_bytes = shard_bytes
         self._kept: dict[str, _Kept] = {}
+        self._names: dict[str, dict[str, str]] = {}
         self._parts: dict[str, PartImage] = {}
         self._pending: list[Callable[[], None]] = []
         self._number = 0
+        self._lock = threading.Lock()
 
     def put(self, part: str, state: Any, codec: TensorCodec[Any] | None = None) -> None:
         """Copy one part: a tree whose leaves are tensors that ``codec`` knows, NumPy arrays, or plain values.
@@ -46,11 +52,15 @@ class Staging:
         check_part_name(part)
         if part in self._parts:
             raise ValueError(f"the part {part!r} was put twice into one snapshot")
-        flat = Flattening(part, codecs_of(codec))
-        skeleton = flat.encode(state)
-        self._number += 1
-        files, changed_at = self._take(flat)
-        self._parts[part] = PartImage(part, skeleton, files, changed_at, self._number)
+        with _no_collection():
+            names = self._names.setdefault(part, {})
+            flat = Flattening(part, codecs_of(codec), names)
+            skeleton = flat.encode(state)
+            if len(names) > 2 * len(flat.tensors) + _NAMES_TO_SPARE:
+                names.clear()  # the keys of this state change all the time
+            number = self._next_number()
+            files, changed_at = self._take(flat, number)
+        self._parts[part] = PartImage(part, skeleton, files, changed_at, number)
 
     def snapshot(self, step: int | None = None, consistent: bool = True) -> Snapshot:
         """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""
@@ -64,13 +74,29 @@ class Staging:
 
     _is_live = False
 
-    def _take(self, flat: Flattening) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
+    def reserve(self, outline: Outline) -> None:
+        """Have memory for state of this form, before it is needed. From any thread."""
+        number = self._next_number()
+        for part, specs in outline.forms.items():
+            self._kept_for(part, specs, number)
+
+    def _next_number(self) -> int:
+        with self._lock:
+            self._number += 1
+            return self._number
+
+    def _kept_for(self, part: str, specs: list[TensorSpec], number: int) -> _Kept:
+        with self._lock:
+            kept = self._kept.get(part)
+            if kept is None or kept.specs != specs:
+                self._kept.pop(part, None)  # the old memory goes before the new one comes
+                kept = self._kept[part] = _Kept.of(part, specs, self._shard_bytes, number)
+            return kept
+
+    def _take(self, flat: Flattening, number: int) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
         """Copy the tensors of one part; its files, and when each tensor last changed."""
         specs = [tensor.stored.spec for tensor in flat.tensors.values()]
-        kept = self._kept.get(flat.part)
-        if kept is None or kept.specs != specs:
-            self._kept.pop(flat.part, None)  # the old memory goes before the new one comes
-            kept = self._kept[flat.part] = _Kept.of(flat.part, specs, self._shard_bytes, self._number)
+        kept = self._kept_for(flat.part, specs, number)
         moves: list[Move] = []
         handed: dict[str, list[tuple[Any, memoryview]]] = {}
         before: dict[str, int] = {}
@@ -79,18 +105,29 @@ class Staging:
             if not nbytes:
                 continue
             place = kept.places[name]
-            address = flat.codecs[tensor.tag].address(tensor.value)
-            if address is not None:
-                moves.append(Move(place, address, nbytes))
+            if tensor.address is not None:
+                moves.append(Move(place, tensor.address, nbytes))
             else:
                 handed.setdefault(tensor.tag, []).append((tensor.value, view_at(place, nbytes)))
-                before[name], kept.changed_at[name] = kept.changed_at[name], self._number
-        changed_at = kept.update(moves, self._number)
+                before[name], kept.changed_at[name] = kept.changed_at[name], number
+        changed_at = kept.update(moves, number)
         for tag, tensors in handed.items():
             arrival = flat.codecs[tag].copy_out(tensors)
             if arrival is not None:
-                self._pending.append(_finishing(arrival, kept, before, self._number, changed_at))
+                self._pending.append(_finishing(arrival, kept, before, number, changed_at))
         return kept.files, changed_at
+
+
+class Outline(Staging):
+    """Notes of what form the parts are, and copies nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forms: dict[str, list[TensorSpec]] = {}
+
+    def _take(self, flat: Flattening, number: int) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
+        self.forms[flat.part] = [tensor.stored.spec for tensor in flat.tensors.values()]
+        return (), {}
 
 
 class NoStaging(Staging):
@@ -98,7 +135,10 @@ class NoStaging(Staging):
 
     _is_live = True
 
-    def _take(self, flat: Flattening) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
+    def reserve(self, outline: Outline) -> None:
+        """There is nothing to be had."""
+
+    def _take(self, flat: Flattening, number: int) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
         images = [
             TensorImage(tensor.stored.spec, _reader_of(flat.codecs[tensor.tag], tensor))
             for tensor in flat.tensors.values()
@@ -109,7 +149,7 @@ class NoStaging(Staging):
             FileImage.of(name, [by_name[spec.name] for spec in shard])
             for name, shard in zip(_file_names(flat.part, len(sharded)), sharded, strict=True)
         )
-        return files, dict.fromkeys(by_name, self._number)
+        return files, dict.fromkeys(by_name, number)
 
 
 @dataclass(slots=True)
@@ -145,6 +185,19 @@ class _Kept:
             files.append(FileImage(name, layout, tensors, blocks))
         names = {places[spec.name]: spec.name for spec in specs if spec.nbytes}
         return cls(specs, tuple(files), places, names, {spec.name: number for spec in specs})
+
+
+@contextmanager
+def _no_collection() -> Generator[None, None, None]:
+    """Without the garbage collector, which would go through the whole program more than once: many small objects are
+    made here, and no garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _finishing(

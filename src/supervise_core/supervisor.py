@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from supervise_core.arguments import check_arguments, check_objects
 from supervise_core.backend import Backend
@@ -27,7 +27,7 @@ from supervise_core.retention import KeepLatest, Retention
 from supervise_core.services import Service
 from supervise_core.session_manager import Resume, SessionManager
 from supervise_core.snapshot import Snapshot
-from supervise_core.staging import Staging
+from supervise_core.staging import NoStaging, Staging
 from supervise_core.summaries import EventLog, EventSink, read_number, read_value
 from supervise_core.triggers import EverySeconds, Trigger
 
@@ -71,7 +71,7 @@ class Supervisor(Generic[SessionT]):
         store: CheckpointStore | None = None,
         services: Iterable[Service] = (),
         plugins: Iterable[object] = (),
-        staging: Staging | None = None,
+        staging: Staging | Literal["none"] | None = None,
         clock: Clock | None = None,
     ) -> None:
         """
@@ -89,7 +89,8 @@ class Supervisor(Generic[SessionT]):
         :param signals: whether SIGTERM and SIGINT ask for a stop with a final save.
         :param store: where checkpoints go instead of ``logdir``, or by another name than ``model.ckpt-<step>``.
         :param services: your own services, started with the standard ones.
-        :param staging: the memory that snapshots are copied into.
+        :param staging: the memory that snapshots are copied into. ``"none"``: there is none; tensors are written from
+            where they are, and the loop waits until they are on disk.
         :param clock: what time it is.
         :param plugins: objects with lifecycle hooks (see ``hookspecs``).
         :raises TypeError: if an argument is not of its kind.
@@ -99,6 +100,8 @@ class Supervisor(Generic[SessionT]):
         check_arguments(backend, save_every, summarize_every, keep, grace)
         check_objects("services", services, Service)
         check_objects("plugins", plugins, object)
+        if staging not in (None, "none") and not isinstance(staging, Staging):
+            raise TypeError(f"staging= takes a Staging, or 'none' to save without memory for it, not {staging!r}")
         if not isinstance(resume, (str, os.PathLike)):
             raise TypeError(f"resume= takes 'auto', 'must', 'never' or the path of a checkpoint, not {resume!r}")
         own_clock = clock or SystemClock()
@@ -123,7 +126,7 @@ class Supervisor(Generic[SessionT]):
             resume=resume,
             grace=grace,
             signals=signals,
-            staging=staging or Staging(),
+            staging=NoStaging() if staging == "none" else staging or Staging(),
             clock=own_clock,
             hooks=hooks_of_run(plugins),
             new_coordinator=functools.partial(

@@ -37,7 +37,8 @@ LeafDecoder = Callable[[str, Json], "Any | Untold"]
 
 
 def encode(value: Any, path: str = "value", leaf: LeafEncoder | None = None) -> Json:
-    """The JSON for a value. ``leaf(path, value)`` is asked first at each node; it answers JSON, or ``UNTOLD``.
+    """The JSON for a value. ``leaf(path, value)`` is asked first for all but plain values, lists and dictionaries of
+    just these types; it answers JSON, or ``UNTOLD``.
 
     :raises UnsupportedStateError: for a value that would not come back equal in value and type.
     """
@@ -72,10 +73,6 @@ class _Encoder:
     def encode(self, value: Any, path: str, depth: int) -> Json:
         if depth > _DEEPEST:
             raise UnsupportedStateError(path, f"it is nested more than {_DEEPEST} deep (or contains itself)")
-        if self._leaf is not None:
-            told = self._leaf(path, value)
-            if not isinstance(told, Untold):
-                return told
         kind: type[Any] = type(value)
         if kind in _PLAIN:
             return value
@@ -87,6 +84,10 @@ class _Encoder:
             return self._items(value, path, depth)
         if kind is dict:
             return self._dictionary(value, path, depth)
+        if self._leaf is not None:
+            told = self._leaf(path, value)
+            if not isinstance(told, Untold):
+                return told
         return self._tagged(kind, value, path, depth)
 
     def _tagged(self, kind: type[Any], value: Any, path: str, depth: int) -> Json:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from types import MappingProxyType
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from supervise_core.memory import Move
 from supervise_core.tagged_json import UNTOLD, Json, Untold
@@ -26,8 +26,7 @@ Arrival = Callable[[Callable[[Sequence[Move]], object]], None]
 uses that memory again. Called once, by any thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """How one tensor lies in a file: its name there, a safetensors dtype, and its shape."""
 
     name: str
@@ -39,8 +38,7 @@ class TensorSpec:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """What a codec says of one tensor: how its bytes are stored, and, where that is not all, what it really is.
 
     ``extra`` (JSON) goes into ``state.json``: the dtype and shape of a tensor that safetensors has no dtype for, its
@@ -49,15 +47,14 @@ class Stored:
 
     dtype: str
     shape: tuple[int, ...]
-    extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    extra: Mapping[str, Json] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor of a checkpoint: how it lies in its file, and the codec's ``extra``."""
 
     spec: TensorSpec
-    extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    extra: Mapping[str, Json] = MappingProxyType({})
 
 
 class TensorCodec(ABC, Generic[T]):
@@ -101,6 +98,10 @@ class TensorCodec(ABC, Generic[T]):
         None if they do not, or if nobody knows: then ``copy_out`` and ``copy_in`` are called.
         """
         return None
+
+    def is_writable(self, value: T) -> bool:
+        """Whether each of its elements can be given a value of its own. If not, a restore makes a new tensor."""
+        return True
 
     def identity(self, value: T) -> Hashable | None:
         """Equal for tensors that are one and the same memory seen in the same way (tied weights); stored once."""

@@ -20,7 +20,8 @@ Number = TypeVar("Number", int, float)
 class Firing:
     """The last time a trigger fired; at first, the moment at which the session began.
 
-    ``seconds`` is on the clock's monotonic scale; ``cost`` is how long the training thread was held, in seconds.
+    ``seconds`` is on the clock's monotonic scale; ``cost`` is what it cost the training loop, in seconds: how long the
+    training thread was held, and, for a checkpoint, the processor time of the threads that write it.
     """
 
     step: int
@@ -92,6 +93,26 @@ class AtSteps(Trigger):
 
     def next_due(self, last: Firing) -> Due:
         return Due(step=next((step for step in self.steps if step > last.step), None))
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead(Trigger):
+    """Due as often as may be if saving is to take at most that share of the time: ``Overhead(0.03)``.
+
+    The interval follows the cost that was measured last, but is never longer than ``longest`` seconds.
+    """
+
+    share: float
+    longest: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise PolicyError(f"Overhead takes a share of the time between 0 and 1, such as 0.03, not {self.share!r}")
+        if not 0 < self.longest < float("inf"):
+            raise PolicyError(f"longest= takes a positive, finite number of seconds, not {self.longest!r}")
+
+    def next_due(self, last: Firing) -> Due:
+        return Due(seconds=last.seconds + min(last.cost / self.share, self.longest))
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,7 @@ class TorchBackend(Backend[TorchSession]):
     """
 
     name = "torch"
+    grows_at_first_step = True  # optimizers make their state then
     codec: ClassVar[TensorCodec[Any]] = TorchCodec()
 
     def __init__(self, *, global_step: GlobalStep = None, device: torch.device | str = "cpu", **parts: Any) -> None:

@@ -22,7 +22,7 @@ _TORCH_DTYPES: Final = {code: dtype for dtype, code in _DTYPES.items()}
 _NARROW: Final = frozenset(
     getattr(torch, name) for bits in range(1, 8) for name in (f"int{bits}", f"uint{bits}") if hasattr(torch, name)
 )  # PyTorch has no copy for these, which take a byte each; their bytes can be copied
-_PLAIN_TYPES: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN_TYPES: Final = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 class TorchCodec(TensorCodec[torch.Tensor]):
@@ -36,12 +36,15 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         return isinstance(value, torch.Tensor)
 
     def describe(self, value: torch.Tensor) -> Stored:
+        dtype = _DTYPES.get(value.dtype)
+        if dtype is not None and value.is_cpu and type(value) in _PLAIN_TYPES and _is_plainly_contiguous(value):
+            return Stored(dtype, tuple(value.shape))  # nearly all of them, and this is done for each in every snapshot
         _check_dense(value)
         extra: dict[str, Json] = {}
         if value.numel() and not value.is_contiguous() and _is_permuted(value):
             extra["strides"] = list(value.stride())
-        if value.dtype in _DTYPES:
-            return Stored(_DTYPES[value.dtype], tuple(value.shape), extra)
+        if dtype is not None:
+            return Stored(dtype, tuple(value.shape), extra)
         nbytes = value.numel() * value.element_size()
         named = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         return Stored("U8", (nbytes,), named | extra)
@@ -82,9 +85,12 @@ class TorchCodec(TensorCodec[torch.Tensor]):
             _copyable(tensor).copy_(_copyable(values))
 
     def address(self, value: torch.Tensor) -> int | None:
-        if value.device.type != "cpu" or not value.is_contiguous() or value.is_conj() or value.is_neg():
+        if not value.is_cpu or not _is_plainly_contiguous(value) or value.is_conj() or value.is_neg():
             return None
         return value.data_ptr()
+
+    def is_writable(self, value: torch.Tensor) -> bool:
+        return all(stride for stride, side in zip(value.stride(), value.shape, strict=True) if side > 1)
 
     def dtype_and_shape(self, stored: StoredTensor) -> tuple[torch.dtype, tuple[int, ...]]:
         """What the tensor was when it was saved."""
@@ -100,7 +106,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
             return None
         if value.is_nested or value.is_meta or value.is_conj() or value.is_neg():
             return None
-        return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, str(value.device)
+        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
 
     def encode_constant(self, value: Any) -> Json | Untold:
         if isinstance(value, torch.dtype):
@@ -171,6 +177,10 @@ def _check_dense(value: torch.Tensor) -> None:
         raise TypeError("it is on the meta device, so it has no values yet; init materialises it")
     if value.device.type not in ("cpu", "cuda"):
         raise TypeError(f"tensors on {value.device} are not kept; move them to the CPU")
+
+
+def _is_plainly_contiguous(value: torch.Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_nested and value.is_contiguous()
 
 
 def _is_permuted(value: torch.Tensor) -> bool:
