@@ -52,6 +52,10 @@ class ArraySession:
         if self.notify is not None:
             self.notify(step)
 
+    def forget_step(self) -> None:
+        """As if the program had never set it."""
+        self._step = None
+
 
 class _Mark:
     """The states of the generators; compared once in a run, but made for every item."""
@@ -130,6 +134,7 @@ class ArrayBackend(Backend[ArraySession]):
             if saved.tree[name] is not array:
                 np.copyto(array, saved.tree[name], casting="no")
         self.set_random_state(session, random["states"])
+        session.forget_step()  # which a newer checkpoint had, that turned out to be damaged
         if random["global_step"] is not None:
             session.global_step = random["global_step"]
 
