@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 from supervise_core.disk import BLOCK
@@ -72,6 +74,19 @@ def view_at(address: int, nbytes: int) -> memoryview:
 def copy(target: int, source: int, nbytes: int) -> None:
     """Copy between ranges that do not overlap."""
     ctypes.memmove(target, source, nbytes)
+
+
+@contextmanager
+def no_collection() -> Generator[None, None, None]:
+    """Without the garbage collector while many small objects are made and no garbage is: it would go through all that
+    the program has, more than once, and take longer than the work itself."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def in_blocks(chunks: Iterable[memoryview], size: int, seen: Callable[[memoryview], object]) -> Iterator[memoryview]:

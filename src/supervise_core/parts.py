@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from supervise_core.errors import IncompatibleCheckpointError, UnsupportedStateError
 from supervise_core.flattening import ARRAY, TENSOR, Flattening, FlatTensor, codecs_of
-from supervise_core.memory import address_of, copy
+from supervise_core.memory import address_of, copy, no_collection
 from supervise_core.tagged_json import Json, Untold, decode
 from supervise_core.tensors import StoredTensor, TensorCodec, TensorSpec
 
@@ -66,7 +66,10 @@ class Part:
 
         :raises IncompatibleCheckpointError: if it holds what this version, or this framework, does not know.
         """
-        codecs = codecs_of(codec)
+        with no_collection():
+            return self._restoration(codecs_of(codec), into)
+
+    def _restoration(self, codecs: Mapping[str, TensorCodec[Any]], into: Any) -> Restoration:
         here = {} if into is None else _reusable(self.name, into, codecs)
         made: dict[str, Any] = {}
         targets: dict[str, Target] = {}
@@ -74,9 +77,9 @@ class Part:
         def leaf(tag: str, content: Json) -> Any | Untold:
             if tag not in _TAGS:
                 return codecs[TENSOR].decode_constant(tag, content)
-            stored = self._stored(tag, content)
-            name = stored.spec.name
+            name = content[tag]
             if name not in made:
+                stored = self._stored(tag, content)
                 known = tag if tag in codecs else TENSOR
                 present = here.get(name)
                 fits = present is not None and present.tag == known and present.stored == stored

@@ -7,16 +7,14 @@ JSON. So a snapshot is one memory copy, holds one step, and what the program doe
 
 from __future__ import annotations
 
-import gc
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from supervise_core.disk import BLOCK
 from supervise_core.flattening import Flattening, FlatTensor, codecs_of
-from supervise_core.memory import Move, address_of, bring_up_to_date, own_memory, view_at
+from supervise_core.memory import Move, address_of, bring_up_to_date, no_collection, own_memory, view_at
 from supervise_core.safetensors_format import Layout, lay_out
 from supervise_core.snapshot import FileImage, PartImage, Snapshot, TensorImage, check_part_name, shard_name
 from supervise_core.tensors import Arrival, TensorCodec, TensorSpec
@@ -52,7 +50,7 @@ class Staging:
         check_part_name(part)
         if part in self._parts:
             raise ValueError(f"the part {part!r} was put twice into one snapshot")
-        with _no_collection():
+        with no_collection():
             names = self._names.setdefault(part, {})
             flat = Flattening(part, codecs_of(codec), names)
             skeleton = flat.encode(state)
@@ -185,19 +183,6 @@ class _Kept:
             files.append(FileImage(name, layout, tensors, blocks))
         names = {places[spec.name]: spec.name for spec in specs if spec.nbytes}
         return cls(specs, tuple(files), places, names, {spec.name: number for spec in specs})
-
-
-@contextmanager
-def _no_collection() -> Generator[None, None, None]:
-    """Without the garbage collector, which would go through the whole program more than once: many small objects are
-    made here, and no garbage."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _finishing(

@@ -21,6 +21,7 @@ Json = Any
 """What ``json.loads`` gives: None, bool, int, float, str, and lists and dictionaries of them."""
 
 _PLAIN: Final = (type(None), bool, str)
+_AS_THEY_ARE: Final = frozenset({type(None), bool, str, int, float})
 _LARGE_INTEGER: Final = 1 << 53  # beyond it, JSON readers in other languages round
 _FACTORIES: Final = {"list": list, "dict": dict, "set": set, "int": int, "float": float, "none": None}
 _DEEPEST: Final = 200
@@ -50,20 +51,19 @@ def decode(data: Json, leaf: LeafDecoder | None = None) -> Any:
 
     :raises ValueError: if the JSON was not made by ``encode``.
     """
-    match data:
-        case None | bool() | int() | float() | str():
-            return data
-        case list():
-            return [decode(item, leaf) for item in data]
-        case dict():
-            tag = next(iter(data), "")
-            if not tag.startswith("$"):
-                return {key: decode(item, leaf) for key, item in data.items()}
-            if len(data) != 1 and tag not in _OPEN_TAGS:
-                raise ValueError(f"a tagged value has one key, not {sorted(data)}")
-            return _decode_tagged(tag, data, leaf)
-        case _:
-            raise ValueError(f"{type(data).__name__} is not JSON")
+    kind = type(data)
+    if kind is dict:
+        tag = next(iter(data), "")
+        if not tag.startswith("$"):
+            return {key: item if type(item) in _AS_THEY_ARE else decode(item, leaf) for key, item in data.items()}
+        if len(data) != 1 and tag not in _OPEN_TAGS:
+            raise ValueError(f"a tagged value has one key, not {sorted(data)}")
+        return _decode_tagged(tag, data, leaf)
+    if kind is list:
+        return [item if type(item) in _AS_THEY_ARE else decode(item, leaf) for item in data]
+    if kind in _AS_THEY_ARE:
+        return data
+    raise ValueError(f"{kind.__name__} is not JSON")
 
 
 class _Encoder:
@@ -157,6 +157,8 @@ def _decode_numpy_scalar(dtype: str, content: str) -> Any:
 
 def _decode_tagged(tag: str, data: dict[str, Json], leaf: LeafDecoder | None) -> Any:
     content = data[tag]
+    if tag in _OPEN_TAGS:
+        return _told(tag, leaf, data)
     match tag, content:
         case "$int", str():
             return int(content, 16)
@@ -187,10 +189,14 @@ def _decode_tagged(tag: str, data: dict[str, Json], leaf: LeafDecoder | None) ->
         case "$numpy", [str() as dtype, str() as scalar]:
             return _decode_numpy_scalar(dtype, scalar)
         case _:
-            told = UNTOLD if leaf is None else leaf(tag, data if tag in _OPEN_TAGS else content)
-            if isinstance(told, Untold):
-                raise ValueError(f"{tag} is not a tag that this version knows")
-            return told
+            return _told(tag, leaf, content)
+
+
+def _told(tag: str, leaf: LeafDecoder | None, content: Json) -> Any:
+    told = UNTOLD if leaf is None else leaf(tag, content)
+    if isinstance(told, Untold):
+        raise ValueError(f"{tag} is not a tag that this version knows")
+    return told
 
 
 def _decode_pairs(pairs: list[Json], leaf: LeafDecoder | None) -> list[tuple[Any, Any]]:

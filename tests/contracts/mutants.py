@@ -145,7 +145,7 @@ class _LateCodec(NumpyCodec):
     def copy_out(self, pairs: Any) -> Any:
         return lambda _: NumpyCodec.copy_out(self, pairs)
 
-    def address(self, value: NDArray[Any]) -> None:
+    def address(self, value: Any) -> None:
         return None
 
 

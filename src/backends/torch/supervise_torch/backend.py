@@ -171,20 +171,19 @@ class TorchBackend(Backend[TorchSession]):
         check_parts([*self._parts, _OWN_PART], parts)
         own = parts[_OWN_PART].tree(self.codec)
         with torch.no_grad():
+            saved = {name: parts[name].restoration(self.codec, _present(part)) for name, part in self._parts.items()}
             for name, part in self._parts.items():
                 if isinstance(part, torch.nn.Module):
-                    check_module(name, part, parts[name].restoration(self.codec).tree)
+                    check_module(name, part, saved[name].tree)
                 elif isinstance(part, torch.optim.Optimizer):
-                    check_optimizer(name, part, parts[name].restoration(self.codec).tree)
+                    check_optimizer(name, part, saved[name].tree)
             for name, part in self._parts.items():
+                if isinstance(part, torch.nn.Module) and _materialise_all(part, self._device):
+                    saved[name] = parts[name].restoration(self.codec, _present(part))
+                saved[name].read()
                 if isinstance(part, torch.nn.Module):
-                    for child in part.modules():
-                        _materialise(child, self._device)
-                saved = parts[name].restoration(self.codec, _present_state(part))
-                saved.read()
-                if isinstance(part, torch.nn.Module):
-                    saved.tree._metadata = own["metadata"].get(name, {})
-                _load_into(part, saved.tree)
+                    saved[name].tree._metadata = own["metadata"].get(name, {})
+                _load_into(part, saved[name].tree)
                 if isinstance(part, torch.optim.Optimizer) and own["global_step"]:
                     part._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns that it goes first
         session.steps = own["global_step"]
@@ -249,7 +248,7 @@ def _state_of(part: Any) -> Any:
     return {"state": part.get_state()} if isinstance(part, torch.Generator) else part.state_dict()
 
 
-def _present_state(part: Any) -> Any:
+def _present(part: Any) -> Any:
     """The state to be overwritten in place; None where only ``load_state_dict`` knows what belongs where.
 
     Of a module the parameters themselves: ``load_state_dict`` then copies each onto itself, which costs nothing.
@@ -280,6 +279,14 @@ def _lacks_values(tensor: torch.Tensor) -> str:
     if is_lazy(tensor):
         return "a lazy parameter; run the model once, in init_fn="
     return "on the meta device; give it values in init_fn=" if tensor.is_meta else ""
+
+
+def _materialise_all(module: torch.nn.Module, device: torch.device) -> bool:
+    """The same for all that is in a module; whether there was anything on the meta device."""
+    found = [child for child in module.modules() if any(tensor.is_meta for tensor in _own_tensors(child))]
+    for child in found:
+        _materialise(child, device)
+    return bool(found)
 
 
 def _materialise(module: torch.nn.Module, device: torch.device) -> None:
