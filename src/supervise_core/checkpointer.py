@@ -281,6 +281,7 @@ class Checkpointer:
             if older is not None and self._is_same(older, manifest):
                 draft.discard()
                 return written.helped
+            self._base = None  # should this fail, the name may be that of this checkpoint or of the older one
             committed = draft.commit(manifest, replaces=older)
             self._base = Base(committed, written.placed)
         except Exception:

@@ -67,8 +67,8 @@ class Series:
         self.trained += 1
         self._staging.put("model", {"frozen": self.frozen, "trained": self.trained})
         self._staging.put("plain", {"step": step})
-        revision = 0 if replaces is None else replaces.revision + 1
-        draft, snapshot = self.store.begin(CheckpointId(step, revision)), self._staging.snapshot()
+        snapshot = self._staging.snapshot()
+        draft = self.store.begin(CheckpointId(step, 0 if replaces is None else replaces.revision + 1))
         written = write_snapshot(draft, snapshot, {"data": None}, self._base)
         manifest = Manifest(step, "numpy", 1.7e9 + step, tuple(snapshot.parts), written.files)
         committed = draft.commit(manifest, replaces)
