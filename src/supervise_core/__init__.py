@@ -2,24 +2,26 @@
 
 The floors of this package, from what users call down to what knows nothing; imports go down only, never sideways::
 
-    14   __main__, supervisor
-    13   cli, lifecycle
-    12   run
-    11   saving
-    10   plan, reading, standard_services
-     9   checkpointer, session_manager
-     8   arguments, directory_store, operations, plugins, retrying
-     7   backend, checkpoint_store
-     6   checkpoint_files
-     5   checkpoint_format
-     4   data_loop, manifest, snapshot
+    16   __main__, supervisor
+    15   cli, lifecycle
+    14   run
+    13   saving
+    12   plan, reading, standard_services
+    11   checkpointer, session_manager
+    10   arguments, directory_store, operations, plugins, retrying
+     9   backend, checkpoint_store
+     8   checkpoint_files
+     7   sharing, tensor_files
+     6   checkpoint_format
+     5   parts, staging
+     4   data_loop, flattening, manifest, snapshot
      3   data_stream, hookspecs, numpy_codec, safetensors_format, services
      2   boundary, looper, report, signals, tensors
-     1   coordinator, data_source, lease, retention, summaries, tagged_json, triggers
+     1   coordinator, data_source, lease, memory, retention, summaries, tagged_json, triggers
      0   clock, disk, errors, host, process_random, readiness
 
-Floors 10 to 14 are the road of a run and its loop; 9 saves and recovers; 4 to 8 are checkpoints on disk and the port to
-a framework; 0 to 3 are values, time, threads, and formats. A machine checks this, and that no module is left out
+Floors 12 to 16 are the road of a run and its loop; 11 saves and recovers; 4 to 10 are state in memory, checkpoints on
+disk and the port to a framework; 0 to 3 are values, time, threads, and formats. A machine checks this, and that no module is left out
 (``[tool.importlinter]`` in ``pyproject.toml``). Nothing here imports a framework; NumPy is imported when the first
 array is met. ``testing`` is for tests, and nothing imports it.
 """
