@@ -74,19 +74,21 @@ class Staging:
 
     def reserve(self, outline: Outline) -> None:
         """Have memory for state of this form, before it is needed. From any thread."""
-        number = self._next_number()
         for part, specs in outline.forms.items():
-            self._kept_for(part, specs, number)
+            self._kept_for(part, specs)
 
     def _next_number(self) -> int:
         with self._lock:
             self._number += 1
             return self._number
 
-    def _kept_for(self, part: str, specs: list[TensorSpec], number: int) -> _Kept:
+    def _kept_for(self, part: str, specs: list[TensorSpec], number: int | None = None) -> _Kept:
+        """The memory of a part, made for that snapshot; or, with no number, after all that were taken till now."""
         with self._lock:
             kept = self._kept.get(part)
             if kept is None or kept.specs != specs:
+                if number is None:
+                    number = self._number = self._number + 1
                 self._kept.pop(part, None)  # the old memory goes before the new one comes
                 kept = self._kept[part] = _Kept.of(part, specs, self._shard_bytes, number)
             return kept
