@@ -180,10 +180,11 @@ class TorchBackend(Backend[TorchSession]):
             for name, part in self._parts.items():
                 if isinstance(part, torch.nn.Module) and _materialise_all(part, self._device):
                     saved[name] = parts[name].restoration(self.codec, _present(part))
-                saved[name].read()
-                if isinstance(part, torch.nn.Module):
-                    saved[name].tree._metadata = own["metadata"].get(name, {})
-                _load_into(part, saved[name].tree)
+                restoration = saved.pop(name)
+                restoration.read()
+                if metadata := own["metadata"].get(name):
+                    restoration.tree._metadata = metadata
+                _load_into(part, restoration.tree)
                 if isinstance(part, torch.optim.Optimizer) and own["global_step"]:
                     part._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns that it goes first
         session.steps = own["global_step"]
@@ -249,13 +250,62 @@ def _state_of(part: Any) -> Any:
 
 
 def _present(part: Any) -> Any:
-    """The state to be overwritten in place; None where only ``load_state_dict`` knows what belongs where.
+    """The state to be overwritten in place: that of which a load by ``load_state_dict`` would make the same.
 
-    Of a module the parameters themselves: ``load_state_dict`` then copies each onto itself, which costs nothing.
+    What loads in a way of its own may take only some of what was saved, or compare it with what is there; it gets
+    tensors of their own. Of a module it is the parameters themselves: ``load_state_dict`` then copies each onto itself,
+    which costs nothing.
     """
-    if isinstance(part, torch.nn.Module) and type(part).state_dict is torch.nn.Module.state_dict:
-        return part.state_dict(keep_vars=True)
-    return part.state_dict() if isinstance(part, torch.optim.Optimizer) else None
+    if isinstance(part, torch.nn.Module):
+        return dict(_plainly_loaded(part))
+    if not isinstance(part, torch.optim.Optimizer) or not _is_plain_optimizer(part):
+        return None
+    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+    taken = {_storage_of(parameter) for parameter in parameters}
+    state = part.state_dict()["state"].items()
+    return {
+        "state": {key: entry for key, entry in state if not any(_storage_of(t) in taken for t in _tensors_in(entry))}
+    }
+
+
+def _plainly_loaded(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """By their names in the state, in its order; nothing of modules, and of those in them, with a load of their own."""
+    kind, plain = type(module), torch.nn.Module
+    if kind.state_dict is not plain.state_dict or kind.load_state_dict is not plain.load_state_dict:
+        return
+    for method in (kind._save_to_state_dict, kind._load_from_state_dict):
+        if not method.__module__.startswith("torch.nn.modules."):
+            return
+    if module._state_dict_pre_hooks or module._state_dict_hooks or module._load_state_dict_pre_hooks:
+        return
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield prefix + name, tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _plainly_loaded(child, f"{prefix}{name}.")
+
+
+def _is_plain_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+    kind, plain = type(optimizer), torch.optim.Optimizer
+    return (
+        kind.state_dict is plain.state_dict
+        and kind.load_state_dict is plain.load_state_dict
+        and not optimizer._optimizer_state_dict_post_hooks
+        and not optimizer._optimizer_load_state_dict_pre_hooks
+    )
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return 0 if is_lazy(tensor) or tensor.layout is not torch.strided else tensor.untyped_storage().data_ptr()
 
 
 def _load_into(part: Any, state: Any) -> None:
