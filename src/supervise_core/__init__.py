@@ -21,9 +21,9 @@ The floors of this package, from what users call down to what knows nothing; imp
      0   clock, disk, errors, host, process_random, readiness
 
 Floors 12 to 16 are the road of a run and its loop; 11 saves and recovers; 4 to 10 are state in memory, checkpoints on
-disk and the port to a framework; 0 to 3 are values, time, threads, and formats. A machine checks this, and that no module is left out
-(``[tool.importlinter]`` in ``pyproject.toml``). Nothing here imports a framework; NumPy is imported when the first
-array is met. ``testing`` is for tests, and nothing imports it.
+disk and the port to a framework; 0 to 3 are values, time, threads, and formats. A machine checks this, and that no
+module is left out (``[tool.importlinter]`` in ``pyproject.toml``). Nothing here imports a framework; NumPy is imported
+when the first array is met. ``testing`` is for tests, and nothing imports it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from supervise_core.checkpoint_format import Base, Draft, Link, PlacedPart, Shard
-from supervise_core.snapshot import FileImage, PartImage, TensorImage, shard_name
+from supervise_core.snapshot import FileImage, PartImage, TensorImage, shard_name, shards_of
 
 MOST_DEAD: Final = 0.3
 """The share of a shard that may be of tensors that have changed; beyond it, what is left of it is written anew."""
@@ -74,7 +74,11 @@ def _plan(part: PartImage, known: PlacedPart) -> tuple[list[Shard], list[FileIma
         return [], []
     if _nbytes(settled) < LEAST_SHARED * total:
         changed, settled = {**settled, **changed}, {}
-    return kept, [FileImage.of("", list(group.values())) for group in (settled, changed) if group]
+    return kept, [
+        FileImage.of("", [group[spec.name] for spec in shard])
+        for group in (settled, changed)
+        for shard in shards_of([image.spec for image in group.values()], part.shard_bytes)
+    ]
 
 
 def _nbytes(images: Mapping[str, TensorImage]) -> int:

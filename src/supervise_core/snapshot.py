@@ -15,21 +15,35 @@ from supervise_core.tagged_json import Json
 from supervise_core.tensors import TensorSpec
 
 _PART_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
+_SHARD_NAME: Final = re.compile(r"-\d{5}-of-\d{5}$")
 _RESERVED_PARTS: Final = frozenset({"manifest", "state"})
 
 
 def check_part_name(name: str) -> None:
     """:raises ValueError: if the name cannot be the name of a part, which is also the name of its file."""
-    if not _PART_NAME.fullmatch(name) or name in _RESERVED_PARTS:
+    if not _PART_NAME.fullmatch(name) or name in _RESERVED_PARTS or _SHARD_NAME.search(name):
         raise ValueError(
             f"{name!r} cannot name a part: it becomes a file name; use letters, digits, '_' and '-', "
-            f"and none of {sorted(_RESERVED_PARTS)}"
+            f"none of {sorted(_RESERVED_PARTS)}, and nothing that ends like the name of a shard"
         )
 
 
 def shard_name(part: str, number: int, count: int) -> str:
     """The name of one file of a part's tensors, as Hugging Face's tools name them."""
     return f"{part}.safetensors" if count == 1 else f"{part}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def shards_of(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """The tensors in their order, in groups of at most ``limit`` bytes (a larger tensor is a group of its own)."""
+    shards: list[list[TensorSpec]] = []
+    size = 0
+    for spec in specs:
+        if not shards or (size and size + spec.nbytes > limit):
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,7 @@ class PartImage:
     """One part of the state: its tagged JSON, and the files with its tensors (none, one, or several shards).
 
     ``changed_at`` says of each tensor in which snapshot of the same ``Staging`` its bytes were last others than in the
-    one before. ``number`` is that of this snapshot.
+    one before. ``number`` is that of this snapshot. No file is to be larger than ``shard_bytes``.
     """
 
     name: str
@@ -84,10 +98,7 @@ class PartImage:
     files: tuple[FileImage, ...]
     changed_at: Mapping[str, int]
     number: int
-
-    @property
-    def tensor_bytes(self) -> int:
-        return sum(tensor.spec.nbytes for file in self.files for tensor in file.tensors)
+    shard_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

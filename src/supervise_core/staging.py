@@ -16,7 +16,7 @@ from supervise_core.disk import BLOCK
 from supervise_core.flattening import Flattening, FlatTensor, codecs_of
 from supervise_core.memory import Move, address_of, bring_up_to_date, no_collection, own_memory, view_at
 from supervise_core.safetensors_format import Layout, lay_out
-from supervise_core.snapshot import FileImage, PartImage, Snapshot, TensorImage, check_part_name, shard_name
+from supervise_core.snapshot import FileImage, PartImage, Snapshot, TensorImage, check_part_name, shard_name, shards_of
 from supervise_core.tensors import Arrival, TensorCodec, TensorSpec
 
 SHARD_BYTES: Final = 5 * 10**9
@@ -58,7 +58,7 @@ class Staging:
                 names.clear()  # the keys of this state change all the time
             number = self._next_number()
             files, changed_at = self._take(flat, number)
-        self._parts[part] = PartImage(part, skeleton, files, changed_at, number)
+        self._parts[part] = PartImage(part, skeleton, files, changed_at, number, self._shard_bytes)
 
     def snapshot(self, step: int | None = None, consistent: bool = True) -> Snapshot:
         """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""
@@ -143,7 +143,7 @@ class NoStaging(Staging):
             TensorImage(tensor.stored.spec, _reader_of(flat.codecs[tensor.tag], tensor))
             for tensor in flat.tensors.values()
         ]
-        sharded = _shards([image.spec for image in images], self._shard_bytes)
+        sharded = shards_of([image.spec for image in images], self._shard_bytes)
         by_name = {image.spec.name: image for image in images}
         files = tuple(
             FileImage.of(name, [by_name[spec.name] for spec in shard])
@@ -172,7 +172,7 @@ class _Kept:
 
     @classmethod
     def of(cls, part: str, specs: list[TensorSpec], shard_bytes: int, number: int) -> _Kept:
-        shards = _shards(specs, shard_bytes)
+        shards = shards_of(specs, shard_bytes)
         files: list[FileImage] = []
         places: dict[str, int] = {}
         for name, shard in zip(_file_names(part, len(shards)), shards, strict=True):
@@ -238,16 +238,3 @@ def _reader_of(codec: TensorCodec[Any], tensor: FlatTensor) -> Callable[[], memo
 
 def _file_names(part: str, count: int) -> list[str]:
     return [shard_name(part, number, count) for number in range(1, count + 1)]
-
-
-def _shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-    """The tensors in their order, in groups of at most ``limit`` bytes (a larger tensor is a group of its own)."""
-    shards: list[list[TensorSpec]] = []
-    size = 0
-    for spec in specs:
-        if not shards or (size and size + spec.nbytes > limit):
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
-    return shards

@@ -99,20 +99,25 @@ class AtSteps(Trigger):
 class Overhead(Trigger):
     """Due as often as may be if saving is to take at most that share of the time: ``Overhead(0.03)``.
 
-    The interval follows the cost that was measured last, but is never longer than ``longest`` seconds.
+    The interval follows the cost that was measured last; it is never shorter than ``shortest`` seconds, for the disk's
+    sake, and never longer than ``longest``.
     """
 
     share: float
     longest: float = 3600.0
+    shortest: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise PolicyError(f"Overhead takes a share of the time between 0 and 1, such as 0.03, not {self.share!r}")
-        if not 0 < self.longest < float("inf"):
-            raise PolicyError(f"longest= takes a positive, finite number of seconds, not {self.longest!r}")
+        if not 0 < self.shortest <= self.longest < float("inf"):
+            raise PolicyError(
+                f"Overhead takes positive, finite seconds with shortest= no longer than longest=, "
+                f"not shortest={self.shortest!r} and longest={self.longest!r}"
+            )
 
     def next_due(self, last: Firing) -> Due:
-        return Due(seconds=last.seconds + min(last.cost / self.share, self.longest))
+        return Due(seconds=last.seconds + min(max(last.cost / self.share, self.shortest), self.longest))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from supervise_core import AtSteps, Coordinator, EverySeconds, EverySteps
+from supervise_core import AtSteps, Coordinator, EverySeconds, EverySteps, Overhead
 from supervise_core.boundary import StepBoundary, StepCounter
 from supervise_core.testing.clock import FakeClock, eventually
 
@@ -135,6 +136,42 @@ def test_a_postponed_one_waits_whatever_its_trigger_says(loop: Loop) -> None:
     loop.boundary.ring()
     loop.run(1)
     assert fired == [1, 4, 5]
+
+
+def test_the_interval_follows_the_cost_that_is_told(loop: Loop) -> None:
+    costs = [1.0]
+    fired: list[float] = []
+
+    def save(step: int) -> None:
+        fired.append(loop.clock.monotonic())
+        loop.clock.advance(0.5)  # the cost told is more than the time that it takes here
+
+    appointment = loop.boundary.appoint("saves", Overhead(0.1), save)
+    appointment.cost = lambda: costs[0]
+    appointment.plan_again()
+    for _ in range(100):
+        loop.clock.advance(1)
+        loop.boundary.ring()
+        loop.look()
+    assert len(fired) > 5
+    assert all(10 <= after - before <= 11 for before, after in itertools.pairwise(fired))
+    costs[0] = 3.0
+    appointment.plan_again()
+    assert appointment.due.seconds == pytest.approx(fired[-1] + 30)
+
+
+def test_planning_again_changes_neither_what_is_postponed_nor_what_is_being_done(loop: Loop) -> None:
+    appointment = loop.boundary.appoint("saves", Overhead(0.1), lambda step: appointment.plan_again())
+    appointment.cost = lambda: 1.0
+    appointment.plan_again()
+    loop.clock.advance(10)
+    loop.boundary.ring()
+    loop.look()
+    due = loop.clock.monotonic() + 10
+    assert appointment.due.seconds == pytest.approx(due)
+    appointment.postpone(3)
+    appointment.plan_again()
+    assert appointment.due.seconds == pytest.approx(due - 7)
 
 
 def test_a_time_trigger_rings_when_its_moment_comes(timed: Loop) -> None:

@@ -102,7 +102,8 @@ def test_later_changes_do_not_reach_it() -> None:
 def test_one_array_in_two_places_is_stored_once_and_comes_back_as_one() -> None:
     tied = np.arange(1000.0)
     snapshot = image_of({"a": tied, "b": [tied], "other": tied.copy(), "part": tied[:500]})
-    assert snapshot.parts["model"].tensor_bytes == 2 * tied.nbytes + tied.nbytes // 2
+    sizes = [tensor.spec.nbytes for file in snapshot.parts["model"].files for tensor in file.tensors]
+    assert sum(sizes) == 2 * tied.nbytes + tied.nbytes // 2
     there = part_of(snapshot).tree()
     assert there["a"] is there["b"][0]
     assert there["a"] is not there["other"]
@@ -159,7 +160,9 @@ def test_a_part_that_was_refused_leaves_nothing() -> None:
     staging.put("model", 1)
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".a", "a.b", "state", "manifest", "a b", "é", "x" * 101])
+@pytest.mark.parametrize(
+    "name", ["", "../x", "a/b", ".a", "a.b", "state", "manifest", "a b", "é", "x" * 101, "m-00001-of-00002"]
+)
 def test_names_that_no_part_can_bear(name: str) -> None:
     with pytest.raises(ValueError, match="cannot name a part"):
         check_part_name(name)

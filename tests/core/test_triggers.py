@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from supervise_core.errors import PolicyError
-from supervise_core.triggers import AtSteps, Due, EitherOf, EverySeconds, EverySteps, Firing, Trigger
+from supervise_core.triggers import AtSteps, Due, EitherOf, EverySeconds, EverySteps, Firing, Overhead, Trigger
 
 
 def test_every_seconds_counts_from_the_last_firing() -> None:
@@ -43,6 +43,11 @@ def test_earliest() -> None:
     assert Due(0, 0.0).earliest(Due(4, 2.0)) == Due(0, 0.0)
 
 
+@pytest.mark.parametrize(("cost", "pause"), [(0.0, 1), (0.1, 2), (0.5, 10), (60.0, 600), (1e9, 600)])
+def test_overhead_waits_as_long_as_the_cost_demands_within_its_bounds(cost: float, pause: float) -> None:
+    assert Overhead(0.05, longest=600).next_due(Firing(7, 100.0, cost)) == Due(seconds=pytest.approx(100 + pause))
+
+
 def test_your_own_trigger() -> None:
     class Doubling(Trigger):
         def next_due(self, last: Firing) -> Due:
@@ -67,6 +72,12 @@ def test_triggers_are_values() -> None:
         (EverySteps, (-5,)),
         (AtSteps, ()),
         (AtSteps, (5, -1)),
+        (Overhead, (0,)),
+        (Overhead, (1,)),
+        (Overhead, (math.nan,)),
+        (Overhead, (0.1, 0)),
+        (Overhead, (0.1, math.inf)),
+        (Overhead, (0.1, 5, 6)),
     ],
 )
 def test_triggers_that_could_never_work(trigger: Any, arguments: tuple[Any, ...]) -> None:
