@@ -22,6 +22,7 @@ _memcmp.restype = ctypes.c_int
 
 _madvise: Any = ctypes.CDLL(None, use_errno=True).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_WIPE_ON_FORK: Final = 18  # Linux 4.14
 _POPULATE_WRITE: Final = 23  # Linux 5.14; see madvise(2)
 
 _view_from_memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
@@ -45,15 +46,16 @@ class Move(NamedTuple):
 
 
 def own_memory(nbytes: int) -> memoryview:
-    """New memory that begins at a page, every page of it there already; forked children do not have it.
+    """New memory that begins at a page, every page of it there already; forked children find it empty.
 
-    Memory that the kernel has to find first takes five to ten times as long to write to as memory that is there, and
-    huge pages are found quickest. Left to children it would become copy-on-write again with each fork.
+    Memory that the kernel has to find first takes several times as long to write to as memory that is there, and huge
+    pages are found quickest. Shared with children it would become copy-on-write with each fork; and what they did not
+    have at all, they could give to somebody else, and take from him when they end.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     view = memoryview(memory)
     begin = address_of(view)
-    for advice in (mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
+    for advice in (_WIPE_ON_FORK, mmap.MADV_HUGEPAGE):
         _madvise(begin, nbytes, advice)  # a kernel that cannot do it says so, and nothing is lost but speed
     if _madvise(begin, nbytes, _POPULATE_WRITE) != 0:
         ctypes.memset(begin, 0, nbytes)

@@ -7,6 +7,7 @@ JSON. So a snapshot is one memory copy, holds one step, and what the program doe
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ _NAMES_TO_SPARE: Final = 1000
 
 
 class Staging:
-    """Memory for one snapshot at a time, kept between snapshots, and kept from forked children.
+    """Memory for one snapshot at a time, kept between snapshots, and empty in forked children.
 
     What did not change since the snapshot before is compared and not copied, so that the writer knows what it need not
     write again. ``shard_bytes`` is the size from which a part is split into several files, as Hugging Face's tools do.
@@ -39,6 +40,7 @@ class Staging:
         self._parts: dict[str, PartImage] = {}
         self._pending: list[Callable[[], None]] = []
         self._number = 0
+        self._process = os.getpid()
         self._lock = threading.Lock()
 
     def put(self, part: str, state: Any, codec: TensorCodec[Any] | None = None) -> None:
@@ -85,6 +87,9 @@ class Staging:
     def _kept_for(self, part: str, specs: list[TensorSpec], number: int | None = None) -> _Kept:
         """The memory of a part, made for that snapshot; or, with no number, after all that were taken till now."""
         with self._lock:
+            if self._process != os.getpid():
+                self._process = os.getpid()
+                self._kept.clear()  # in a forked child it is all empty
             kept = self._kept.get(part)
             if kept is None or kept.specs != specs:
                 if number is None:

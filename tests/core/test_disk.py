@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_file
+from supervise_core.disk import Disk, OpenDirectory, _is_cached, ensure_directory, remove_tree, write_file
 from supervise_core.testing.disks import Crash, CrashingDisk, FaultyDisk, WatchedDisk
 from supervise_core.testing.power_cuts import Everything, LossyDisk, NamesWithoutContent
 
@@ -260,3 +265,87 @@ def test_real_syncs_are_calls_to_the_system(tmp_path: Path) -> None:
     Disk().sync_directory(tmp_path)
     with pytest.raises(FileNotFoundError):
         Disk().sync_directory(tmp_path / "absent")
+
+
+# ---- reading past the page cache
+
+
+@pytest.fixture
+def file_of_blocks(tmp_path: Path) -> Path:
+    """A file of three and a bit MiB, on disk and in no cache, if the file system lets go of it."""
+    path = tmp_path / "content"
+    path.write_bytes(random.Random(1).randbytes((3 << 20) + 1234))
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return path
+
+
+def descriptors_for_one_file(path: Path, cached: bool) -> int:
+    """Of the directory, of the file, and of the file past the cache, where the file system has that."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return 2
+    return 2 if cached else 3
+
+
+@pytest.mark.parametrize("at", [0, 1, 4095, 4096, 70_001, (1 << 20) + 3])
+@pytest.mark.parametrize("sizes", [(2 << 20,), (1, 1 << 20, 4096, 1 << 20), (1 << 20, 3 << 20), (5000,) * 300])
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_is_read_is_the_same_from_the_cache_and_past_it(
+    file_of_blocks: Path, at: int, sizes: tuple[int, ...], cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supervise_core.disk._is_cached", lambda *_: cached)
+    expected = file_of_blocks.read_bytes()[at : at + sum(sizes)]
+    buffers = [memoryview(bytearray(size)) for size in sizes]
+    with closing(Disk().open_directory(file_of_blocks.parent)) as directory:
+        assert Disk().read_into(directory, "content", at, buffers) == len(expected)
+        assert len(directory._opened) == descriptors_for_one_file(file_of_blocks, cached)
+    assert b"".join(buffers)[: len(expected)] == expected
+
+
+def test_reading_past_the_end_of_a_file(file_of_blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervise_core.disk._is_cached", lambda *_: False)
+    size = file_of_blocks.stat().st_size
+    with closing(Disk().open_directory(file_of_blocks.parent)) as directory:
+        for at in (size, size + 1, size + 10_000):
+            assert Disk().read_into(directory, "content", at, [memoryview(bytearray(2 << 20))]) == 0
+
+
+def test_where_nothing_can_be_read_past_the_cache_the_cache_is_read_through(
+    file_of_blocks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supervise_core.disk._is_cached", lambda *_: False)
+    buffer = memoryview(bytearray(2 << 20))
+    with closing(Disk().open_directory(file_of_blocks.parent)) as directory:
+        open_as_ever = os.open
+
+        def refuse(path: Any, flags: int, *rest: Any, **others: Any) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "no direct reads here")
+            return open_as_ever(path, flags, *rest, **others)
+
+        monkeypatch.setattr(os, "open", refuse)
+        assert Disk().read_into(directory, "content", 5, [buffer]) == len(buffer)
+    assert buffer == file_of_blocks.read_bytes()[5 : 5 + len(buffer)]
+
+
+def test_what_was_just_read_is_known_to_be_cached(file_of_blocks: Path) -> None:
+    file_of_blocks.read_bytes()
+    with file_of_blocks.open("rb") as opened:
+        assert _is_cached(opened.fileno(), 100, 2 << 20)
+
+
+def test_many_threads_read_one_file_past_the_cache(file_of_blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervise_core.disk._is_cached", lambda *_: False)
+    content = file_of_blocks.read_bytes()
+    with closing(Disk().open_directory(file_of_blocks.parent)) as directory, ThreadPoolExecutor(8) as threads:
+
+        def read(at: int) -> bool:
+            buffer = memoryview(bytearray(1 << 20))
+            count = Disk().read_into(directory, "content", at, [buffer])
+            return buffer[:count] == content[at : at + (1 << 20)]
+
+        assert all(threads.map(read, range(0, len(content), 50_021)))
+        assert len(directory._opened) == descriptors_for_one_file(file_of_blocks, cached=False)
