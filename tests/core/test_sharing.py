@@ -291,6 +291,18 @@ def test_too_little_is_unchanged(store: CheckpointStore, frozen: int, is_shared:
     assert list(saves.files(checkpoint)) == ([shard(1, 2), shard(2, 2)] if is_shared else [SINGLE])
 
 
+@pytest.mark.parametrize(("frozen", "is_shared"), [(49, False), (50, True)])
+def test_too_little_is_unchanged_though_it_has_a_file_of_its_own(
+    store: CheckpointStore, frozen: int, is_shared: bool
+) -> None:
+    saves = Saves(store, Staging(shard_bytes=8 * (1000 - frozen)))
+    state = layers(frozen=frozen, trained=1000 - frozen)
+    first = saves.save(state)
+    assert len(saves.files(first)) == 2
+    state["trained"] += 1
+    assert (shard(1, 2) not in saves.written[saves.save(state)]) == is_shared
+
+
 def test_everything_changed(store: CheckpointStore) -> None:
     saves, state = Saves(store), layers(a=10, b=10)
     for _ in range(3):
