@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -173,9 +174,13 @@ class DcpProcess(DcpReused):
     shared = True
 
     def __init__(self, state: State, folder: Path) -> None:
+        """It asks for a process group, if only of one process."""
+        import torch.distributed as distributed
+
         super().__init__(state, folder)
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29513")
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", rank=0, world_size=1)
 
     def _options(self) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -363,6 +368,13 @@ def available(state: State, folder: Path, say: Callable[[str], object]) -> list[
         else:
             found.append(peer)
     return found
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
 
 
 def _sync(path: Path) -> None:

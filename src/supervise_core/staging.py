@@ -40,8 +40,7 @@ class Staging:
         self._parts: dict[str, PartImage] = {}
         self._pending: list[Callable[[], None]] = []
         self._number = 0
-        self._process = os.getpid()
-        self._lock = threading.Lock()
+        self._begin_in_this_process()
 
     def put(self, part: str, state: Any, codec: TensorCodec[Any] | None = None) -> None:
         """Copy one part: a tree whose leaves are tensors that ``codec`` knows, NumPy arrays, or plain values.
@@ -49,6 +48,8 @@ class Staging:
         :raises UnsupportedStateError: for a value that would not come back; names its path. Nothing is kept of it.
         :raises ValueError: if the part cannot bear this name, or was put already.
         """
+        if self._process != os.getpid():
+            self._begin_in_this_process()
         check_part_name(part)
         if part in self._parts:
             raise ValueError(f"the part {part!r} was put twice into one snapshot")
@@ -79,6 +80,12 @@ class Staging:
         for part, specs in outline.forms.items():
             self._kept_for(part, specs)
 
+    def _begin_in_this_process(self) -> None:
+        """A forked child finds the memory empty, and the lock perhaps held by a thread that it does not have."""
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._kept.clear()
+
     def _next_number(self) -> int:
         with self._lock:
             self._number += 1
@@ -87,9 +94,6 @@ class Staging:
     def _kept_for(self, part: str, specs: list[TensorSpec], number: int | None = None) -> _Kept:
         """The memory of a part, made for that snapshot; or, with no number, after all that were taken till now."""
         with self._lock:
-            if self._process != os.getpid():
-                self._process = os.getpid()
-                self._kept.clear()  # in a forked child it is all empty
             kept = self._kept.get(part)
             if kept is None or kept.specs != specs:
                 if number is None:
