@@ -341,6 +341,19 @@ def test_a_part_in_many_files_is_linked_as_it_is(store: CheckpointStore) -> None
     assert saves.index(third)["w4"] == shard(10, 10)  # type: ignore[index]
 
 
+def test_files_that_are_written_anew_have_the_size_that_files_have(store: CheckpointStore) -> None:
+    """Also those that are put together of what stays and of what changed."""
+    saves = Saves(store, Staging(shard_bytes=2000))
+    state = layers(**{f"w{number}": 100 for number in range(12)}, large=400)
+    saves.save(state)
+    for step in range(6):
+        for number in range(step, 12, 3):
+            state[f"w{number}"] += 1
+        for content in saves.files(saves.save(state)).values():
+            tensors = parse(content)
+            assert sum(len(data) for _, data in tensors.values()) <= 2000 or set(tensors) == {"large"}
+
+
 def test_there_are_never_too_many_files(store: CheckpointStore) -> None:
     """A tensor that changes only once leaves a file behind; beyond some number all are made one again."""
     count = MOST_SHARDS + 8
