@@ -530,9 +530,11 @@ _TRAINS = """
 import hashlib, sys, time
 from pathlib import Path
 import numpy as np
-from supervise_core import EverySteps, KeepLatest, Supervisor
+from supervise_core import DirectoryStore, EverySteps, KeepLatest, Supervisor
+from supervise_core.testing.disks import KillingDisk
 from supervise_numpy import ArrayBackend
-logdir, until, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+logdir, until, pause, kill_before = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+store = DirectoryStore(logdir, disk=KillingDisk(kill_before)) if kill_before else None
 rng = np.random.default_rng(1)
 arrays = {}
 for layer in range(8):
@@ -540,7 +542,7 @@ for layer in range(8):
     arrays[f"layers.{layer}.a"] = np.zeros(500)
     arrays[f"layers.{layer}.b"] = np.zeros(500)
 sv = Supervisor(ArrayBackend(arrays, rng=rng), logdir, save_every=EverySteps(1), summarize_every=None,
-                keep=KeepLatest(3))
+                keep=KeepLatest(3), store=store)
 with sv.managed_session() as session:
     print(session.global_step, flush=True)
     while not sv.should_stop() and session.global_step < until:
@@ -559,8 +561,8 @@ print(sha.hexdigest(), flush=True)
 """
 
 
-def start(logdir: Path, until: int, pause: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _TRAINS, str(logdir), str(until), str(pause)]
+def start(logdir: Path, until: int, pause: float, kill_before: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _TRAINS, str(logdir), str(until), str(pause), str(kill_before)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -571,24 +573,27 @@ def ends_with(logdir: Path, until: int) -> str:
     return said.split()[-1]
 
 
-@pytest.mark.campaign(small=3, soak=20)
+@pytest.mark.campaign(small=4, soak=20)
 def test_killed_and_resumed_ends_as_if_it_never_was(tmp_path: Path, count: int, seed: int) -> None:
+    """At any instant, or before any change to the disk while files are linked and pruned."""
     chance = random.Random(seed)
     linked = reached = 0
-    for _ in range(count):
-        with start(tmp_path / "killed", 10**9, 0.002) as process:
+    for number in range(count):
+        kill_before = chance.randrange(80, 200) if number % 2 else 0
+        with start(tmp_path / "killed", 10**9, 0.002, kill_before) as process:
             assert process.stdout is not None
             assert int(process.stdout.readline()) >= reached
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.1 + chance.random() * 0.6)
-            process.kill()
+            if not kill_before:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.1 + chance.random() * 0.6)
+                process.kill()
             assert process.wait(60) == -signal.SIGKILL
         checkpoints = CheckpointDirectory(tmp_path / "killed")
         for step in checkpoints.steps():
             checkpoints.at(step).verify()
         linked += any(path.stat().st_nlink > 1 for path in (tmp_path / "killed").glob("model.ckpt-*/*.safetensors"))
         reached = max(checkpoints.steps())
-    assert linked == count, "they had nothing in common"
+    assert linked >= count // 2, "they had nothing in common"
     until = reached + 12
     assert ends_with(tmp_path / "killed", until) == ends_with(tmp_path / "whole", until)
 
