@@ -6,7 +6,7 @@ DEV := .venv-dev
 DEMO := .venv-demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak bench clean
+.PHONY: help demo test check soak bench overhead peers clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -27,8 +27,15 @@ check: $(DEV)/installed ## style, types and floors, without tests
 soak: $(DEV)/installed ## the campaigns (kills, flips, signals) at their full number; hours
 	$(DEV)/bin/python -m pytest -m campaign --soak --timeout=14400 $(PYTEST_FLAGS)
 
-bench: $(DEV)/installed ## what supervision costs, beside what it is measured against
+bench: $(DEV)/installed ## what supervision and saving cost, beside what they are measured against; half an hour
 	$(DEV)/bin/python -m benchmarks.costs
+	$(DEV)/bin/python -m benchmarks.saving
+
+overhead: $(DEV)/installed ## the share of a run that saving takes when it may take 3.5 %; ten minutes
+	$(DEV)/bin/python -m benchmarks.overhead
+
+peers: $(DEV)/installed ## install the other tools that the saving benchmark compares with
+	$(DEV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 
 clean: ## remove what was made here
 	rm -rf $(DEV) $(DEMO) runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

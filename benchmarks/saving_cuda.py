@@ -74,14 +74,15 @@ def _measure(setting: Setting) -> Figures:
         save()
         figures = Figures()
         subjects: dict[str, Callable[[], None]] = {"save": save, "train": train}
-        for name, measure in {
+        measures: dict[str, Callable[[], float]] = {
             "device to host": partial(_copy, pinned, state.tensors),
             "host to device": partial(_copy, kept.tensors, pinned),
             "xxh3": limits.xxh3,
             "direct write": limits.write,
             "warm read": limits.read_warm,
             "restore": partial(run.restore_warm, kept),
-        }.items():
+        }
+        for name, measure in measures.items():
             subjects[name] = partial(_add, figures, name, measure)
         in_random_order(subjects, setting.rounds)
     shutil.rmtree(folder)

@@ -33,12 +33,12 @@ def _by_bytes(setting: Setting) -> None:
     report = setting.report
     report.title("growth with the bytes")
     found: dict[int, Figures] = {}
-    for nbytes in (setting.nbytes // 16, setting.nbytes // 4, setting.nbytes, setting.nbytes * 4):
-        mib = nbytes >> 20
+    for mib in sorted({max(1, round(setting.nbytes * times) >> 20) for times in (1 / 16, 1 / 4, 1, 4)}):
+        nbytes = mib << 20
         if _COPIES * nbytes > _available():
             report.say(f"   {mib} MiB left out: there is no memory for {_COPIES:g} times that")
             continue
-        measure = partial(_measure, setting, {"": lambda nbytes=nbytes: State.like_gpt(nbytes)})
+        measure = partial(_measure, setting, {"": partial(State.like_gpt, nbytes)})
         found[mib] = steadily(measure, report)
         gc.collect()
         for ours, limit in _AGAINST:

@@ -17,9 +17,11 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy
 import safetensors.torch
 import torch
 
@@ -193,10 +195,8 @@ class OrbaxNumpy(Peer):
     needs = "orbax.checkpoint"
 
     def __init__(self, state: State, folder: Path) -> None:
-        import orbax.checkpoint as orbax
-
         super().__init__(state, folder)
-        self._orbax: Any = orbax
+        orbax = self._orbax = import_module("orbax.checkpoint")
         self._checkpointer: Any = orbax.AsyncCheckpointer(orbax.PyTreeCheckpointHandler())
         self._waiting: threading.Thread | None = None
 
@@ -217,7 +217,7 @@ class OrbaxNumpy(Peer):
 
     def load(self) -> Mapping[str, Any]:
         wanted = self._orbax.RestoreArgs()
-        wanted.restore_type = __import__("numpy").ndarray
+        wanted.restore_type = numpy.ndarray
         arguments = dict.fromkeys(self._state.named(), wanted)
         found: Mapping[str, Any] = self._checkpointer.restore(
             self._path.absolute(), args=self._orbax.args.PyTreeRestore(restore_args=arguments)
@@ -233,10 +233,9 @@ class OrbaxJax(OrbaxNumpy):
 
     def prepare(self) -> None:
         """JAX's arrays cannot be changed: each step makes new ones, which is not timed."""
-        import jax.numpy
-
         super().prepare()
-        self._arrays = {name: jax.numpy.array(array) for name, array in super()._tree().items()}
+        make = import_module("jax.numpy").array
+        self._arrays = {name: make(array) for name, array in super()._tree().items()}
 
     def _tree(self) -> Mapping[str, Any]:
         return self._arrays
@@ -248,10 +247,9 @@ class Lightning(Peer):
     synced = "never"
 
     def __init__(self, state: State, folder: Path) -> None:
-        from pytorch_lightning.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-
         super().__init__(state, folder)
-        self._io: Any = AsyncCheckpointIO(TorchCheckpointIO())
+        plugins = import_module("pytorch_lightning.plugins.io")
+        self._io: Any = plugins.AsyncCheckpointIO(plugins.TorchCheckpointIO())
         self._waiting: threading.Thread | None = None
 
     def begin(self) -> None:

@@ -18,6 +18,7 @@ _UNITS = 1 << 22
 """Values begin below so many units; float32 counts up to four times as many exactly."""
 
 LAYERS = 12
+_torch: Any = torch  # what is done to a list of tensors at once has no annotations
 NEVER = -1.0
 
 
@@ -82,7 +83,7 @@ class Adding(torch.optim.AdamW):
         """Add one unit to everything, or to the ends."""
         if not self._everything:
             self._begin()
-        torch._foreach_add_(self._everything if self.floods_next else self._ends, UNIT)
+        _torch._foreach_add_(self._everything if self.floods_next else self._ends, UNIT)
         if self.floods_next:
             self.floods += 1
         else:
@@ -172,8 +173,8 @@ class State:
     def scramble(self) -> None:
         """Put values into every tensor that no step leaves, so that a restore that does nothing is found out."""
         with torch.no_grad():
-            torch._foreach_mul_(self.tensors, 0.0)
-            torch._foreach_add_(self.tensors, NEVER)
+            _torch._foreach_mul_(self.tensors, 0.0)
+            _torch._foreach_add_(self.tensors, NEVER)
 
     def check(self, other: Mapping[str, Any], step: int) -> None:
         """See that another one's tensors are, bit by bit, what they were here after that step.

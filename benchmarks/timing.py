@@ -53,10 +53,9 @@ def fresh_process(*arguments: str, rounds: int = 9) -> float:
 
 def show(name: str, seconds: float, beside: str = "", within: bool | None = None) -> bool:
     """Print one figure, and whether it is within its limit; that again."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6), ("ns", 1e9)):
-        if seconds * scale >= 1 or unit == "ns":
-            figure = f"{seconds * scale:.4g} {unit}"
-            break
+    units = (("s", 1.0), ("ms", 1e3), ("µs", 1e6), ("ns", 1e9))
+    unit, scale = next((each for each in units if seconds * each[1] >= 1), units[-1])
+    figure = f"{seconds * scale:.4g} {unit}"
     verdict = "" if within is None else "ok" if within else "OVER THE LIMIT"
     print(f"{name:58} {figure:>10}  {beside:44} {verdict}".rstrip(), flush=True)
     return within is not False
