@@ -72,6 +72,11 @@ class Peer(ABC):
     def load(self) -> Mapping[str, Any]:
         """What was saved, by the names of ``State.named``."""
 
+    @property
+    def step(self) -> int:
+        """The step that a save would be of that began now."""
+        return self._state.steps
+
     def each_step(self) -> None:
         """What this tool needs in each step, if the state that it saves is another than ours."""
 
@@ -235,7 +240,12 @@ class OrbaxJax(OrbaxNumpy):
         """JAX's arrays cannot be changed: each step makes new ones, which is not timed."""
         super().prepare()
         make = import_module("jax.numpy").array
+        self._step = self._state.steps
         self._arrays = {name: make(array) for name, array in super()._tree().items()}
+
+    @property
+    def step(self) -> int:
+        return self._step
 
     def _tree(self) -> Mapping[str, Any]:
         return self._arrays

@@ -153,7 +153,7 @@ class _Speed:
 
     def _save_by(self, peer: Peer, figures: Figures) -> None:
         peer.prepare()
-        step = self.state.steps
+        step = peer.step
         began = time.perf_counter()
         peer.begin()
         figures.add(f"{peer.name} stall", time.perf_counter() - began)
@@ -166,8 +166,14 @@ class _Speed:
 
     def _train_by(self, peer: Peer, loop: Loop, figures: Figures) -> None:
         peer.prepare()
-        step = self.state.steps
-        lost = time_lost(loop, peer.begin, peer.is_done, peer.each_step)
+        step = 0
+
+        def begin() -> None:
+            nonlocal step
+            step = peer.step
+            peer.begin()
+
+        lost = time_lost(loop, begin, peer.is_done, peer.each_step)
         peer.finish()
         figures.add(f"{peer.name} lost, {loop.name}", lost)
         self._judge(peer, peer.load(), step)
