@@ -11,7 +11,7 @@ from typing import Any, Self
 from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint
 from supervise_core.checkpoint_format import CheckpointReader
 from supervise_core.directory_store import DirectoryStore
-from supervise_core.errors import CheckpointNotFoundError, UnknownBackendError
+from supervise_core.errors import CheckpointNotFoundError, IncompatibleCheckpointError, UnknownBackendError
 from supervise_core.manifest import Manifest
 from supervise_core.parts import Part
 from supervise_core.plugins import backend_class
@@ -99,9 +99,15 @@ class SavedCheckpoint(os.PathLike[str]):
 
         :raises CheckpointNotFoundError: if it has no such part; lists those that it has.
         :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
+        :raises IncompatibleCheckpointError: if it holds what this codec does not know.
         :raises BackendNotInstalledError: if its framework is not installed; says what to type.
         """
-        return self._part(part).tree(codec or _codec_of(self.manifest().backend))
+        content = self._part(part)
+        try:
+            return content.tree(codec or _codec_of(self.manifest().backend))
+        except IncompatibleCheckpointError:
+            self.verify()  # headers are believed before the hashes are known: it may be damage
+            raise
 
     def verify(self) -> None:
         """Read all of it and check every size, hash and format.
