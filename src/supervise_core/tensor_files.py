@@ -6,7 +6,6 @@ pieces are hashed in the order of the file, and what was only passed through is 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,7 @@ from supervise_core.tensors import TensorSpec
 
 _PIECE: Final = 4 << 20
 _MOST_BUFFERS: Final = 512  # of one call; Linux allows 1024
-_READERS: Final = min(4, os.cpu_count() or 1)
+_READERS: Final = 4  # they wait for the disk, or copy from its cache: more than there are processors does no harm
 _AHEAD: Final = _READERS + 2
 _WORTH_THREADS: Final = 4 * _PIECE
 
