@@ -23,7 +23,7 @@ from supervise_core.checkpoint_format import (
 )
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.manifest import LARGEST_STATE, STATE, FileRecord, Manifest, check_file_name, hash_of
-from supervise_core.memory import in_blocks
+from supervise_core.memory import in_blocks, no_collection
 from supervise_core.parts import Part, ReadTensors, Target
 from supervise_core.safetensors_format import parse_json_object
 from supervise_core.sharing import place
@@ -98,6 +98,11 @@ def read_checkpoint(reader: CheckpointReader) -> CheckpointContent:
     :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
     :raises OSError: as the storage fails.
     """
+    with no_collection():
+        return _read_checkpoint(reader)
+
+
+def _read_checkpoint(reader: CheckpointReader) -> CheckpointContent:
     manifest = reader.manifest()
     files = _Files(reader, manifest)
     state = files.state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -35,10 +36,11 @@ class NumpyCodec(TensorCodec["NDArray[Any]"]):
         if type(value) not in (numpy.ndarray, numpy.memmap):
             raise TypeError(f"it is a {type(value).__name__}, which would come back as a plain array")
         dtype = value.dtype
+        code = _code_of(dtype)
+        if code is not None:
+            return Stored(code, value.shape)
         if dtype.hasobject or dtype.kind in "OT":
             raise TypeError(f"arrays of dtype {dtype} hold references, not data")
-        if dtype.isnative and dtype.name in _DTYPES and dtype.names is None:
-            return Stored(_DTYPES[dtype.name], value.shape)
         return Stored("U8", (value.nbytes,), {"dtype": _dtype_to_json(dtype), "shape": list(value.shape)})
 
     def copy_out(self, pairs: Sequence[tuple[NDArray[Any], memoryview]]) -> None:
@@ -77,13 +79,26 @@ class NumpyCodec(TensorCodec["NDArray[Any]"]):
         """What the array was when it was saved."""
         if "dtype" in stored.extra:
             return _dtype_from_json(stored.extra["dtype"]), tuple(stored.extra["shape"])
-        return _dtype_from_json(_plain_name(stored.spec.dtype)), stored.spec.shape
+        return _dtype_of(stored.spec.dtype), stored.spec.shape
 
     def identity(self, value: NDArray[Any]) -> Hashable | None:
         if not value.nbytes:
             return None
         address = value.__array_interface__["data"][0]
         return address, value.dtype.str, value.shape, value.strides
+
+
+@functools.lru_cache(maxsize=256)  # NumPy composes a dtype's name anew each time
+def _code_of(dtype: np.dtype[Any]) -> str | None:
+    """The code of safetensors for a dtype, if it has one."""
+    if dtype.hasobject or dtype.names is not None or not dtype.isnative:
+        return None
+    return _DTYPES.get(dtype.name)
+
+
+@functools.lru_cache(maxsize=256)
+def _dtype_of(code: str) -> np.dtype[Any]:
+    return _dtype_from_json(_plain_name(code))
 
 
 def _plain_name(code: str) -> str:

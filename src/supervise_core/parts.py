@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ ReadTensors = Callable[[Mapping[str, Target]], None]
 """
 
 _TAGS: Final = (TENSOR, ARRAY)
+_TOGETHER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Part:
         here = {} if into is None else _reusable(self.name, into, codecs)
         made: dict[str, Any] = {}
         targets: dict[str, Target] = {}
+        fresh: list[str] = []
 
         def leaf(tag: str, content: Json) -> Any | Untold:
             if tag not in _TAGS:
@@ -83,16 +86,21 @@ class Part:
                 known = tag if tag in codecs else TENSOR
                 present = here.get(name)
                 fits = present is not None and present.tag == known and present.stored == stored
-                made[name] = present.value if present is not None and fits else codecs[known].empty(stored)
+                if present is not None and fits:
+                    made[name], address = present.value, present.address
+                else:
+                    made[name] = codecs[known].empty(stored)
+                    address = codecs[known].address(made[name])
+                    fresh.append(name)
                 if stored.spec.nbytes:
-                    targets[name] = _target(codecs[known], made[name])
+                    targets[name] = _taker(codecs[known], made[name]) if address is None else address
             return made[name]
 
         try:
             tree = decode(self.state, leaf)
         except (ValueError, TypeError) as error:
             raise IncompatibleCheckpointError(self.name, [str(error)]) from error
-        return Restoration(tree, targets, self.read)
+        return Restoration(tree, targets, self.read, is_in_place=not fresh)
 
     def stored_tensors(self) -> Iterator[StoredTensor]:
         """The tensors with what their codec noted of them, without reading any."""
@@ -121,11 +129,13 @@ class Part:
         return Part.of(self.name, self.state, contents | empty)
 
     def _stored(self, tag: str, leaf: dict[str, Json]) -> StoredTensor:
-        extra = dict(leaf)
-        name = extra.pop(tag)
-        if not isinstance(name, str) or name not in self.tensors:
+        name = leaf[tag]
+        spec = self.tensors.get(name) if type(name) is str else None
+        if spec is None:
             raise ValueError(f"the state of part {self.name!r} names the tensor {name!r}, which is not there")
-        return StoredTensor(self.tensors[name], extra)
+        if len(leaf) == 1:
+            return StoredTensor(spec)
+        return StoredTensor(spec, {key: value for key, value in leaf.items() if key != tag})
 
 
 @dataclass(slots=True)
@@ -135,6 +145,8 @@ class Restoration:
     tree: Any
     _targets: Mapping[str, Target]
     _read: ReadTensors
+    is_in_place: bool
+    """Whether all of it goes into tensors that are there already."""
 
     def read(self) -> None:
         """Read and verify.
@@ -144,13 +156,27 @@ class Restoration:
         self._read(self._targets)
 
 
+def read_together(restorations: Sequence[Restoration]) -> None:
+    """Read and verify several parts at the same time: each is hashed by a thread of its own.
+
+    :raises CheckpointDamagedError: if a size or a hash is wrong; the values of all the tensors are undefined then.
+    """
+    if len(restorations) < 2:
+        for restoration in restorations:
+            restoration.read()
+        return
+    with ThreadPoolExecutor(min(len(restorations), _TOGETHER), "supervise-core parts") as threads:
+        reads = [threads.submit(restoration.read) for restoration in restorations]
+    for read in reads:
+        read.result()
+
+
 Parts = Mapping[str, Part]
 """The parts of a checkpoint by name."""
 
 
-def _target(codec: TensorCodec[Any], tensor: Any) -> Target:
-    address = codec.address(tensor)
-    return address if address is not None else lambda data: codec.copy_in(tensor, data)
+def _taker(codec: TensorCodec[Any], tensor: Any) -> Target:
+    return lambda data: codec.copy_in(tensor, data)
 
 
 def _reusable(part: str, tree: Any, codecs: Mapping[str, TensorCodec[Any]]) -> Mapping[str, FlatTensor]:

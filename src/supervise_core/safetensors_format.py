@@ -11,7 +11,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from supervise_core.tensors import BITS, TensorSpec
 
@@ -48,8 +48,7 @@ def lay_out(specs: Iterable[TensorSpec]) -> Layout:
     return Layout(header, offsets, padded + begin)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRange:
+class TensorRange(NamedTuple):
     """One tensor of a file, and the byte of the data at which it begins."""
 
     spec: TensorSpec
@@ -125,15 +124,19 @@ def parse_json_object(text: bytes | bytearray) -> dict[str, Any]:
 
 
 def _parse_entry(name: str, entry: Any) -> TensorRange:
-    match entry:
-        case {"dtype": str() as dtype, "shape": list() as shape, "data_offsets": [int() as begin, int() as end]}:
-            if dtype not in BITS:
-                raise ValueError(f"tensor {name!r} has the dtype {dtype!r}, which this version does not read")
-            if not all(type(side) is int and 0 <= side < 1 << 63 for side in shape) or len(shape) > 64:
-                raise ValueError(f"tensor {name!r} has an impossible shape")
-            spec = TensorSpec(name, dtype, tuple(shape))
-            if end - begin != spec.nbytes:
-                raise ValueError(f"tensor {name!r} has {end - begin} bytes where its shape needs {spec.nbytes}")
-            return TensorRange(spec, begin)
-        case _:
-            raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
+    if type(entry) is not dict or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
+    begin, end = offsets
+    if type(begin) is not int or type(end) is not int:
+        raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
+    if dtype not in BITS:
+        raise ValueError(f"tensor {name!r} has the dtype {dtype!r}, which this version does not read")
+    if len(shape) > 64 or not all(type(side) is int and 0 <= side < 1 << 63 for side in shape):
+        raise ValueError(f"tensor {name!r} has an impossible shape")
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if end - begin != spec.nbytes:
+        raise ValueError(f"tensor {name!r} has {end - begin} bytes where its shape needs {spec.nbytes}")
+    return TensorRange(spec, begin)

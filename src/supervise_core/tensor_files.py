@@ -17,7 +17,7 @@ import xxhash
 from supervise_core.checkpoint_format import CheckpointReader
 from supervise_core.errors import CheckpointDamagedError, SessionStateError
 from supervise_core.manifest import FileRecord
-from supervise_core.memory import view_at
+from supervise_core.memory import no_collection, view_at
 from supervise_core.parts import Target
 from supervise_core.safetensors_format import HEADER_LENGTH, header_length, parse_header
 from supervise_core.tensors import TensorSpec
@@ -71,6 +71,10 @@ class TensorFile:
         raise CheckpointDamagedError(self._reader.name, f"the content of {self._file} does not match its hash")
 
     def _digest(self, targets: Mapping[str, Target]) -> str:
+        with no_collection():
+            return self._read(targets)
+
+    def _read(self, targets: Mapping[str, Target]) -> str:
         digest = xxhash.xxh3_128(self._header)
         pieces = self._pieces(targets)
         if self._record.size < _WORTH_THREADS:
@@ -95,23 +99,22 @@ class TensorFile:
     def _pieces(self, targets: Mapping[str, Target]) -> Iterator[_Piece]:
         at = len(self._header)
         piece = _Piece(at)
-        for each in self._ranges:
-            target = targets.get(each.spec.name)
-            left = each.spec.nbytes
-            passing = memoryview(bytearray(left)) if callable(target) else None
-            while left:
-                count = min(left, _PIECE - piece.nbytes)
-                done = each.spec.nbytes - left
+        for spec, _ in self._ranges:
+            target, nbytes = targets.get(spec.name), spec.nbytes
+            passing = memoryview(bytearray(nbytes)) if callable(target) else None
+            done = 0
+            while done < nbytes:
+                count = min(nbytes - done, _PIECE - piece.nbytes)
                 if passing is not None:
-                    piece.add(passing[done : done + count])
+                    piece.add(passing[done : done + count], count)
                 elif isinstance(target, int):
-                    piece.add(view_at(target + done, count))
+                    piece.add(view_at(target + done, count), count)
                 else:
-                    piece.add(memoryview(bytearray(count)))
-                left -= count
-                if not left and passing is not None and callable(target):
+                    piece.add(memoryview(bytearray(count)), count)
+                done += count
+                if done == nbytes and passing is not None and callable(target):
                     piece.ended.append((target, passing))
-                if piece.is_full:
+                if piece.nbytes >= _PIECE or len(piece.buffers) >= _MOST_BUFFERS:
                     yield piece
                     at += piece.nbytes
                     piece = _Piece(at)
@@ -140,13 +143,9 @@ class _Piece:
         default_factory=list[tuple[Callable[[memoryview], None], memoryview]]
     )
 
-    def add(self, buffer: memoryview) -> None:
+    def add(self, buffer: memoryview, nbytes: int) -> None:
         self.buffers.append(buffer)
-        self.nbytes += buffer.nbytes
-
-    @property
-    def is_full(self) -> bool:
-        return self.nbytes >= _PIECE or len(self.buffers) >= _MOST_BUFFERS
+        self.nbytes += nbytes
 
     def hash_into(self, digest: xxhash.xxh3_128) -> None:
         for buffer in self.buffers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -35,7 +36,12 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * BITS[self.dtype] // 8
+        return _nbytes(self.dtype, self.shape)
+
+
+@functools.lru_cache(maxsize=4096)  # a model has many tensors of few shapes, and each is asked for often
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * BITS[dtype] // 8
 
 
 class Stored(NamedTuple):

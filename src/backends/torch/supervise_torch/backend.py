@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from supervise_core.backend import Backend
 from supervise_core.data_source import BatchSource, is_stateful
-from supervise_core.parts import Parts
+from supervise_core.parts import Parts, read_together
 from supervise_core.process_random import RandomState
 from supervise_core.readiness import NotReady, Readiness, Ready
 from supervise_core.snapshot import Snapshot, check_part_name
@@ -180,8 +180,16 @@ class TorchBackend(Backend[TorchSession]):
             for name, part in self._parts.items():
                 if isinstance(part, torch.nn.Module) and _materialise_all(part, self._device):
                     saved[name] = parts[name].restoration(self.codec, _present(part))
+            at_once = [
+                name
+                for name, part in self._parts.items()
+                if saved[name].is_in_place or isinstance(part, torch.optim.Optimizer)
+            ]
+            read_together([saved[name] for name in at_once])
+            for name, part in self._parts.items():
                 restoration = saved.pop(name)
-                restoration.read()
+                if name not in at_once:
+                    restoration.read()  # only now: it has memory of its own, and only until it is loaded
                 if metadata := own["metadata"].get(name):
                     restoration.tree._metadata = metadata
                 _load_into(part, restoration.tree)
