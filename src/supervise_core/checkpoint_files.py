@@ -112,7 +112,7 @@ def _read_checkpoint(reader: CheckpointReader) -> CheckpointContent:
         parts[name] = Part(name, state["parts"][name], tensors, read)
     try:
         for part in parts.values():
-            part.stored_tensors()
+            part.check()
         run_state = decode(state["run"])
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(reader.name, f"{STATE}: {error}") from error

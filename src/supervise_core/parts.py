@@ -102,6 +102,16 @@ class Part:
             raise IncompatibleCheckpointError(self.name, [str(error)]) from error
         return Restoration(tree, targets, self.read, is_in_place=not fresh)
 
+    def check(self) -> None:
+        """:raises ValueError: if the state was not made by this format, or names tensors that are not there."""
+        tensors = self.tensors
+
+        def leaf(tag: str, content: Json) -> None:
+            if tag in _TAGS and (type(content[tag]) is not str or content[tag] not in tensors):
+                self._stored(tag, content)  # says what is wrong
+
+        decode(self.state, leaf)
+
     def stored_tensors(self) -> Iterator[StoredTensor]:
         """The tensors with what their codec noted of them, without reading any."""
         found: list[StoredTensor] = []

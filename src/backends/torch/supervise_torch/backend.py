@@ -286,9 +286,10 @@ def _plainly_loaded(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple
             return
     if module._state_dict_pre_hooks or module._state_dict_hooks or module._load_state_dict_pre_hooks:
         return
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None:
-            yield prefix + name, tensor
+    for own in (module._parameters, module._buffers):
+        for name, tensor in own.items():
+            if tensor is not None:
+                yield prefix + name, tensor
     for name, child in module._modules.items():
         if child is not None:
             yield from _plainly_loaded(child, f"{prefix}{name}.")
