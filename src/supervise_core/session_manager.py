@@ -330,7 +330,9 @@ class SessionManager(Generic[SessionT]):
                 damaged.add(checkpoint)
                 continue
             except FileNotFoundError:
-                continue
+                if checkpoint in store.checkpoints():
+                    raise
+                return self._choose(store, damaged)  # its writer removed it just now: the listing is another one
             if second_best is not None:
                 limit = _MOST_OF_ONE_RUN if second_best[1] >= checkpoint.step else _MOST_PASSED_OVER
                 if passed_over > limit:

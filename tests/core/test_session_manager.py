@@ -29,11 +29,12 @@ from supervise_core import (
     Supervisor,
 )
 from supervise_core.checkpoint_files import write_snapshot
-from supervise_core.checkpoint_format import CheckpointId
+from supervise_core.checkpoint_format import CheckpointId, CheckpointReader
 from supervise_core.manifest import Manifest
 from supervise_core.operations import USE_BACKEND, Operations
 from supervise_core.tagged_json import encode
 from supervise_core.testing.clock import FakeClock
+from supervise_core.testing.stores import MemoryStore
 from supervise_numpy import ArrayBackend
 
 try:
@@ -540,3 +541,57 @@ def test_one_that_may_mix_two_steps_is_passed_over_unless_too_much_were_lost(
     assert w[0] == expected
     assert manager.recovery.restored == f"model.ckpt-{expected}"
     assert store.checkpoints()[-1].step == expected, "what was passed over is out of the way"
+
+
+class PrunedMeanwhile(MemoryStore):
+    """Between the listing and the opening of a checkpoint its writer commits the next one and removes this one."""
+
+    def __init__(self, writer: MemoryStore, ahead: int) -> None:
+        super().__init__(writer.place)
+        self._writer = writer
+        self._ahead = ahead
+
+    def open(self, checkpoint: CheckpointId) -> CheckpointReader:
+        if self._ahead:
+            self._ahead -= 1
+            commit_step(self._writer, checkpoint.step + 10)
+            self._writer.remove(checkpoint)
+        return super().open(checkpoint)
+
+
+class Unopenable(MemoryStore):
+    """Lists what it cannot open."""
+
+    def open(self, checkpoint: CheckpointId) -> CheckpointReader:
+        raise FileNotFoundError(f"no such file in {self.name_of(checkpoint)}")
+
+
+def commit_step(store: MemoryStore, step: int) -> None:
+    session = (backend := ArrayBackend({"w": np.full(1, float(step))})).create_session()
+    session.global_step = step
+    draft = store.begin(CheckpointId(step))
+    state = encode({"data": None, "events": [], "began": 0}, "the run")
+    files = write_snapshot(draft, backend.snapshot(session, Staging()), state).files
+    draft.commit(Manifest(step=step, backend="numpy", wall_time=0.0, parts=("model", "random"), files=files))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3, 7])
+def test_what_is_pruned_between_listing_and_opening_is_no_reason_to_begin_anew(ahead: int) -> None:
+    writer = MemoryStore()
+    w = np.zeros(1)
+    with writer.writing():
+        commit_step(writer, 10)
+        manager = SessionManager(ArrayBackend({"w": w}), store=PrunedMeanwhile(writer, ahead))
+        manager.prepare_session()
+    assert w[0] == 10 + 10 * ahead
+    assert "init" not in manager.recovery.ran
+
+
+def test_what_is_listed_and_cannot_be_opened_is_an_error() -> None:
+    writer = MemoryStore()
+    with writer.writing():
+        commit_step(writer, 10)
+    manager = SessionManager(ArrayBackend({"w": np.zeros(1)}), store=Unopenable(writer.place))
+    with pytest.raises(FileNotFoundError, match="no such file in step 10"):
+        manager.prepare_session()
+    assert "init" not in manager.recovery.ran
