@@ -18,7 +18,7 @@ The floors of this package, from what users call down to what knows nothing; imp
      3   data_stream, hookspecs, numpy_codec, safetensors_format, services
      2   boundary, looper, report, signals, tensors
      1   coordinator, data_source, lease, memory, retention, summaries, tagged_json, triggers
-     0   clock, disk, errors, host, process_random, readiness
+     0   board, clock, disk, errors, host, process_random, readiness
 
 Floors 12 to 16 are the road of a run and its loop; 11 saves and recovers; 4 to 10 are state in memory, checkpoints on
 disk and the port to a framework; 0 to 3 are values, time, threads, and formats. A machine checks this, and that no
