@@ -89,6 +89,14 @@ class Backend(ABC, Generic[SessionT]):
         """Whether the model can be trained; if not, what is missing, by name."""
         return Ready()
 
+    def shares_model(self, master: str) -> bool:
+        """Whether the processes of one run train one and the same model (on parameter servers, say).
+
+        Then workers load nothing, and wait until the model is ready. Otherwise each has a model of its own, and
+        restores the same checkpoint as the chief.
+        """
+        return False
+
     def ready_for_local_init(self, session: SessionT) -> Readiness:
         """Whether ``local_init`` may run."""
         return Ready()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final
 
@@ -56,6 +57,9 @@ class Appointment:
         """What can be done without a boundary, by the timer's thread, where the loop comes to none."""
         self.cost: Callable[[], float] | None = None
         """What doing it costs the training loop, in seconds, where that is more than the time that it takes here."""
+        self.agree: Callable[[], bool] | None = None
+        """Where several processes do it together: asks for that; whether there is anybody to agree with. What is due at
+        a step is due for all of them at that step, and needs no agreement."""
         self.approaching = False
         """Whether it is due at this boundary or the next one, so that values of this very step are wanted."""
         self.fired_by_time = False
@@ -66,6 +70,7 @@ class Appointment:
         self._last = begun
         self._lock = threading.Lock()
         self._requested = False
+        self._granted = self._asked = False
         self._acting = self._postponed = False
         self._warned = False
         self._rung: tuple[float | None, float] = None, 0.0
@@ -102,6 +107,19 @@ class Appointment:
             or (due.seconds is not None and now >= due.seconds)
         )
 
+    def may_fire(self, step: int) -> bool:
+        """Whether it is to be done here, being due: at this step for all, or by agreement."""
+        return self.agree is None or self._granted or (self.due.step is not None and step >= self.due.step)
+
+    def ask(self) -> None:
+        """Ask once for the agreement that it needs."""
+        if self.agree is not None and not self._asked:
+            self._asked = self.agree()
+
+    def grant(self) -> None:
+        """It was agreed on for this boundary. On the training thread."""
+        self._requested = self._granted = True
+
     def fire(self, step: int, now: float) -> None:
         """Do it if it is due, and plan the next time.
 
@@ -113,6 +131,7 @@ class Appointment:
                 return
             self.fired_by_time = not self._requested and (self.due.step is None or step < self.due.step)
             self._requested = self.approaching = self._postponed = False
+            self._granted = self._asked = False
             self._acting = True
             self._last = Firing(step, now, self._last.cost)
             self.due = self._next()
@@ -167,6 +186,22 @@ class Appointment:
         return Due() if self._trigger is None else self._trigger.next_due(self._last)
 
 
+class BoundaryMeeting(ABC):
+    """Where the training threads of several processes meet."""
+
+    @abstractmethod
+    def arrive(self, step: int) -> None:
+        """This one stands at a boundary."""
+
+    @abstractmethod
+    def meet(self, step: int) -> None:
+        """Wait while they agree, and do what was agreed on for this boundary."""
+
+    @abstractmethod
+    def is_pending(self) -> bool:
+        """Whether this one is wanted at its next boundary."""
+
+
 class StepBoundary:
     """The appointments of one run, and the flag that the training thread looks at."""
 
@@ -174,6 +209,7 @@ class StepBoundary:
         self.due = True
         self.clock = coordinator.clock
         self.training_thread = threading.get_ident()
+        self.meeting: BoundaryMeeting | None = None
         self._coordinator = coordinator
         self._steps = steps
         self._watched = steps_are_watched
@@ -233,17 +269,28 @@ class StepBoundary:
     def reach(self, step: int) -> None:
         """Do what is due; on the training thread, between two steps."""
         self._reached = True
+        if self.meeting is not None:
+            self._meet(self.meeting, step)
         self._heard = self._coordinator.should_stop()
         self.due = False
         now = self.clock.monotonic()
         fired = False
         for appointment in (*self._appointments, *self._last_appointments):
-            if appointment.is_due(step, now):
+            if appointment.is_due(step, now) and appointment.may_fire(step):
                 fired = True
                 self._fire(appointment, step, now)
         self._set_alarm(step)
         if fired:
             self._rescheduled.set()
+
+    def _meet(self, meeting: BoundaryMeeting, step: int) -> None:
+        """What is due and needs agreement is asked for once this thread is known to stand here."""
+        meeting.arrive(step)
+        now = self.clock.monotonic()
+        for appointment in (*self._appointments, *self._last_appointments):
+            if appointment.is_due(step, now) and not appointment.may_fire(step):
+                appointment.ask()
+        meeting.meet(step)
 
     def _fire(self, appointment: Appointment, step: int, now: float) -> None:
         try:
@@ -261,7 +308,8 @@ class StepBoundary:
         nearest = min(due_steps, default=_NEVER)
         self._alarm_step = nearest - 1 if step < nearest - 1 else nearest
         polling = nearest != _NEVER and not self._watched
-        if polling or self._steps.is_own or self._coordinator.should_stop():
+        wanted = self.meeting is not None and self.meeting.is_pending()  # also if it was rung for just now
+        if polling or wanted or self._steps.is_own or self._coordinator.should_stop():
             self.due = True
 
     def _stop(self) -> None:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from supervise_core.checkpoint_format import (
     Written,
 )
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.manifest import LARGEST_STATE, STATE, FileRecord, Manifest, check_file_name, hash_of
+from supervise_core.manifest import LARGEST_STATE, RANKS, STATE, FileRecord, Manifest, check_file_name, hash_of
 from supervise_core.memory import in_blocks, no_collection
 from supervise_core.parts import Part, ReadTensors, Target
 from supervise_core.safetensors_format import parse_json_object
@@ -51,8 +52,7 @@ def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json, base: Base
             placed[part.name] = PlacedPart(shards, part.number)
             if len(shards) > 1:
                 _write_small(draft, index_name(part.name), _index_of(shards), records)
-    state = {"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state}
-    _write_small(draft, STATE, state, records)
+    _write_small(draft, STATE, _state_of(snapshot, run_state), records)
     return Written(records, placed=placed, helped=writer.helped)
 
 
@@ -89,7 +89,13 @@ class _ImageWriter:
 
 def check_state_size(snapshot: Snapshot, run_state: Json) -> None:
     """:raises ValueError: if what is no tensor is too much for a ``state.json``."""
-    _state_bytes({"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state})
+    _state_bytes(_state_of(snapshot, run_state))
+
+
+def _state_of(snapshot: Snapshot, run_state: Json) -> dict[str, Json]:
+    state: dict[str, Json] = {"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state}
+    per_rank: list[Json] = [part.name for part in snapshot.parts.values() if part.per_rank]
+    return state | {"per_rank": per_rank} if per_rank else state
 
 
 def read_checkpoint(reader: CheckpointReader) -> CheckpointContent:
@@ -106,17 +112,33 @@ def _read_checkpoint(reader: CheckpointReader) -> CheckpointContent:
     manifest = reader.manifest()
     files = _Files(reader, manifest)
     state = files.state()
+    parts, run_state = _read_state(files, STATE, state)
+    per_rank = state.get("per_rank", [])
+
+    def of_rank(rank: int) -> CheckpointContent:
+        with no_collection():
+            if (own := files.state_of_rank(rank)) is not None:
+                its_files = _Files(reader, manifest, rank_prefix(rank))
+                its_parts, its_run_state = _read_state(its_files, RANKS, own)
+                return CheckpointContent(manifest, parts | its_parts, its_run_state, its_files.verify)
+        others = {name: replace(part, is_own=False) for name, part in parts.items() if name in per_rank}
+        return CheckpointContent(manifest, parts | others, run_state, files.verify)
+
+    return CheckpointContent(manifest, parts, run_state, files.verify, of_rank)
+
+
+def _read_state(files: _Files, file: str, state: Mapping[str, Any]) -> tuple[dict[str, Part], Any]:
+    """The parts that a state describes, and what the core keeps besides."""
     parts: dict[str, Part] = {}
-    for name in manifest.parts:
+    for name in state["parts"]:
         tensors, read = files.tensors(name)
         parts[name] = Part(name, state["parts"][name], tensors, read)
     try:
         for part in parts.values():
             part.check()
-        run_state = decode(state["run"])
+        return parts, decode(state["run"])
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointDamagedError(reader.name, f"{STATE}: {error}") from error
-    return CheckpointContent(manifest, parts, run_state, files.verify)
+        raise files.damaged(file, str(error)) from error
 
 
 def verify_checkpoint(reader: CheckpointReader) -> Manifest:
@@ -145,26 +167,43 @@ class SafetensorsFormat(CheckpointFormat):
 class _Files:
     """The files of one checkpoint, verified when they are read."""
 
-    def __init__(self, reader: CheckpointReader, manifest: Manifest) -> None:
+    def __init__(self, reader: CheckpointReader, manifest: Manifest, prefix: str = "") -> None:
+        """``prefix``: what the names of one rank's own files begin with."""
         self._reader = reader
         self._records = manifest.files
         self._parts = manifest.parts
+        self._prefix = prefix
         self._verified: set[str] = set()
 
     def state(self) -> dict[str, Json]:
         record = self._records.get(STATE)
         if record is not None and record.size > LARGEST_STATE:
-            raise self._damaged(STATE, f"{record.size} bytes are too many")
+            raise self.damaged(STATE, f"{record.size} bytes are too many")
         state = self._json(STATE)
         match state:
             case {"parts": dict() as parts, "run": _} if sorted(parts) == sorted(self._parts):
                 return state
             case _:
-                raise self._damaged(STATE, "it does not hold the parts that the manifest names")
+                raise self.damaged(STATE, "it does not hold the parts that the manifest names")
+
+    def state_of_rank(self, rank: int) -> dict[str, Any] | None:
+        """What one of several processes kept of its own; None if it was none of those that saved this."""
+        if RANKS not in self._records:
+            return None
+        match self._json(RANKS):
+            case {"ranks": dict() as states}:
+                state = states.get(str(rank))
+            case _:
+                raise self.damaged(RANKS, "it does not say what each rank keeps")
+        match state:
+            case None | {"parts": dict(), "run": _}:
+                return state
+            case _:
+                raise self.damaged(RANKS, f"it does not say what rank {rank} keeps")
 
     def tensors(self, part: str) -> tuple[Mapping[str, TensorSpec], ReadTensors]:
         """The tensors of a part: from its one file, from the shards that its index names, or none."""
-        single, index = f"{part}.safetensors", index_name(part)
+        single, index = f"{self._prefix}{part}.safetensors", self._prefix + index_name(part)
         if index in self._records:
             return self._sharded(index)
         if single not in self._records:
@@ -180,13 +219,14 @@ class _Files:
     def _sharded(self, index: str) -> tuple[Mapping[str, TensorSpec], ReadTensors]:
         match self._json(index):
             case {"weight_map": dict() as places} if all(isinstance(file, str) for file in places.values()):
-                files = {file: self._file(self._checked(index, file)) for file in sorted(set(places.values()))}
+                names = {file: self._prefix + self._checked(index, file) for file in sorted(set(places.values()))}
+                files = {file: self._file(name) for file, name in names.items()}
             case _:
-                raise self._damaged(index, "it is not the index of a sharded file")
+                raise self.damaged(index, "it is not the index of a sharded file")
         held = {file: opened.tensors for file, opened in files.items()}
         missing = [name for name, file in places.items() if name not in held[file]]
         if missing:
-            raise self._damaged(index, f"the shards lack {missing[0]!r}")
+            raise self.damaged(index, f"the shards lack {missing[0]!r}")
         return {name: held[file][name] for name, file in places.items()}, partial(self._read, files, places)
 
     def _read(self, files: Mapping[str, TensorFile], places: Mapping[str, str], targets: Mapping[str, Target]) -> None:
@@ -195,36 +235,42 @@ class _Files:
             wanted[places[name]][name] = target
         for file, opened in files.items():
             opened.read(wanted[file])
-            self._verified.add(file)
+            self._verified.add(opened.file)
 
     def _file(self, file: str) -> TensorFile:
         if file not in self._records:
-            raise self._damaged(file, "it is not in the manifest")
+            raise self.damaged(file, "it is not in the manifest")
         return TensorFile(self._reader, file, self._records[file])
 
     def _checked(self, index: str, file: str) -> str:
         try:
             return check_file_name(file)
         except ValueError as error:
-            raise self._damaged(index, str(error)) from error
+            raise self.damaged(index, str(error)) from error
 
     def _json(self, file: str) -> dict[str, Any]:
         if file not in self._records:
-            raise self._damaged(file, "it is not in the manifest")
+            raise self.damaged(file, "it is not in the manifest")
         content = self._reader.read(file, self._records[file])
         self._verified.add(file)
         try:
             return parse_json_object(content)
         except ValueError as error:
-            raise self._damaged(file, str(error)) from error
+            raise self.damaged(file, str(error)) from error
 
-    def _damaged(self, file: str, reason: str) -> CheckpointDamagedError:
+    def damaged(self, file: str, reason: str) -> CheckpointDamagedError:
+        """The error of a file that is not as it must be."""
         return CheckpointDamagedError(self._reader.name, f"{file}: {reason}")
 
 
 def index_name(part: str) -> str:
     """The name of the file that says which shard holds which tensor of a part."""
     return f"{part}.safetensors.index.json"
+
+
+def rank_prefix(rank: int) -> str:
+    """What the names of the files begin with that one rank alone has, unless it is the chief."""
+    return f"rank-{rank:05d}."
 
 
 def _sizes(image: FileImage) -> dict[str, int]:

@@ -135,6 +135,11 @@ class Link(NamedTuple):
 class Draft(ABC):
     """A checkpoint that is being written. Nobody sees it until ``commit``."""
 
+    @property
+    def location(self) -> str:
+        """Where other processes can add files to it, by ``CheckpointStore.write_into``; "" if they cannot."""
+        return ""
+
     @abstractmethod
     def write(self, file: str, chunks: Iterable[Chunk]) -> None:
         """Write one file and make it durable.
@@ -179,13 +184,22 @@ class Draft(ABC):
 class CheckpointContent:
     """The content of one checkpoint. Its tensors are read, and verified, when a part is asked for them.
 
-    ``run_state`` is what the core itself keeps: data positions, say.
+    ``run_state`` is what the core itself keeps: data positions, say. What each of several processes keeps of its own is
+    that of the chief, until another one asks for its own.
     """
 
     manifest: Manifest
     parts: Mapping[str, Part]
     run_state: Any
     _verify: Callable[[bool], None] = lambda _: None
+    _of_rank: Callable[[int], CheckpointContent] | None = None
+
+    def of_rank(self, rank: int) -> CheckpointContent:
+        """The same checkpoint as one of several processes finds it; see ``Part.is_own``.
+
+        :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
+        """
+        return self if rank == 0 or self._of_rank is None else self._of_rank(rank)
 
     def verify_the_rest(self) -> None:
         """Verify what nobody has read yet.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 
 from supervise_core.checkpoint_files import SafetensorsFormat
@@ -72,6 +73,13 @@ class CheckpointStore(ABC):
     @abstractmethod
     def begin(self, checkpoint: CheckpointId) -> Draft:
         """A new draft of this checkpoint, which must not exist."""
+
+    def write_into(self, location: str, file: str, pieces: Iterable[memoryview], size: int) -> None:
+        """Write one durable file into the draft of another process; see ``Draft.write_blocks`` for the pieces.
+
+        :raises FileNotFoundError: if the draft is not there (any more), or cannot be seen from here.
+        """
+        raise FileNotFoundError(errno.ENOENT, "only one process can write the checkpoints of this store", self.location)
 
     @abstractmethod
     def remove(self, checkpoint: CheckpointId) -> None:

@@ -15,7 +15,8 @@ from supervise_core.checkpoint_format import Base, CheckpointId, Written
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock
 from supervise_core.coordinator import Coordinator
-from supervise_core.errors import CheckpointDamagedError, LeaseError
+from supervise_core.errors import CheckpointDamagedError, LeaseError, SaveNotWantedError
+from supervise_core.gathering import Gathering
 from supervise_core.manifest import Manifest
 from supervise_core.report import RunReport
 from supervise_core.retention import Kept, Retention
@@ -66,6 +67,7 @@ class Checkpointer:
         coordinator: Coordinator,
         report: RunReport,
         committed: Callable[[str, int], None],
+        gathering: Gathering,
     ) -> None:
         self._store = store
         self._keep = keep
@@ -75,6 +77,9 @@ class Checkpointer:
         self._clock: Clock = coordinator.clock
         self._report = report
         self._committed = committed
+        self._gathering = gathering
+        self.agree: Callable[[], bool] | None = None
+        """See ``Appointment``."""
         self._appointment: Appointment | None = None
         self._queue: queue.SimpleQueue[PendingSave | None] = queue.SimpleQueue()
         self._idle = threading.Event()
@@ -101,6 +106,7 @@ class Checkpointer:
     def serve(self, appointment: Appointment) -> None:
         """Take saves from the appointment on."""
         self._appointment = appointment
+        appointment.agree = self.agree
         appointment.cost = self.cost
         appointment.plan_again()
 
@@ -115,6 +121,11 @@ class Checkpointer:
         """Have a save taken at the next boundary; nothing where none are served."""
         if self._appointment is not None:
             self._appointment.request()
+
+    def grant(self) -> None:
+        """Have the save taken at this boundary that all processes agreed on; nothing where none are served."""
+        if self._appointment is not None:
+            self._appointment.grant()
 
     @property
     def is_serving(self) -> bool:
@@ -202,6 +213,10 @@ class Checkpointer:
             self._submit(replace(held, final=True))
         return held is not None
 
+    def drain(self) -> None:
+        """Wait until what was submitted is written."""
+        self._await_idle()
+
     def finish(self) -> BaseException | None:
         """Wait until what was submitted is written, and end the writer. The error of the final save, if it failed."""
         self._await_idle()
@@ -244,6 +259,10 @@ class Checkpointer:
         began = time.thread_time()
         try:
             helped = self._commit(pending)
+        except SaveNotWantedError as error:
+            _log.warning("%s", error)
+            if pending.final:
+                self._final_error = error
         except Exception as error:
             self._failed(pending, error)
         else:
@@ -276,19 +295,24 @@ class Checkpointer:
             return 0.0  # what is there is as good or better
         draft = self._store.begin(CheckpointId(pending.step, 0 if older is None else older.revision + 1))
         try:
+            self._gathering.begin(draft, pending.step)
             written = self._store.format.write(draft, pending.snapshot, pending.run_state, self._base)
+            written = self._gathering.complete(draft, written)
             manifest = self._manifest(pending, written)
             if older is not None and self._is_same(older, manifest):
                 draft.discard()
+                self._gathering.end(self._store.name_of(older))
                 return written.helped
             self._base = None  # should this fail, the name may be that of this checkpoint or of the older one
             committed = draft.commit(manifest, replaces=older)
             self._base = Base(committed, written.placed)
-        except Exception:
+        except Exception as error:
             _discard(draft.discard)
+            self._gathering.end(None, str(error))
             raise
         self._report.saves += 1
         self._report.last_saved = self._store.name_of(committed)
+        self._gathering.end(self._report.last_saved)
         _log.info("saved %s in %s", self._report.last_saved, self._store.location)
         self._committed(self._report.last_saved, pending.step)
         self._known.pop(committed, None)

@@ -84,6 +84,8 @@ class Coordinator(StopSignal):
         self._left_behind: list[threading.Thread] = []
         self._joined = False
         self._listeners: list[Callable[[StopCause], None]] = []
+        self.defer: Callable[[StopCause], bool] = _never
+        """Asked for each request whether somebody else will see to it that the stop comes, at the right moment."""
 
     @property
     def cause(self) -> StopCause | None:
@@ -111,8 +113,12 @@ class Coordinator(StopSignal):
         """Whether an exception is an error now: no clean stop, and nothing that the stop itself caused."""
         return not self._is_clean_stop(error) and not (self.should_stop() and self._is_aftermath(error))
 
-    def request_stop(self, error: BaseException | None = None, *, source: str = "request_stop") -> None:
+    def request_stop(
+        self, error: BaseException | None = None, *, source: str = "request_stop", at_once: bool = False
+    ) -> None:
         """Ask all threads to stop. An error is kept whenever it comes; nothing is raised here.
+
+        ``at_once``: also where stops are agreed on with other processes.
 
         :raises TypeError: if ``error`` is no exception.
         """
@@ -125,16 +131,23 @@ class Coordinator(StopSignal):
             return
         cause = StopCause(source, error)
         with self._lock:
-            first = self._cause is None
-            if first:
+            is_first = self._cause is None
+            if is_first:
                 self._cause = cause
             new_error = error is not None and self._keep_error(cause)
-            listeners = list(self._listeners) if first else []
-            self._stopped.set()
         if new_error:
             _log.error("%s: %s", source, error, exc_info=error)
-        elif first:
+        elif is_first:
             _log.info("stop requested by %s", source)
+        if at_once or self.should_stop() or not self.defer(cause):
+            self._stop()
+
+    def _stop(self) -> None:
+        with self._lock:
+            listeners = [] if self._stopped.is_set() else list(self._listeners)
+            cause = self._cause
+            self._stopped.set()
+        assert cause is not None
         for listener in listeners:
             listener(cause)
 
@@ -154,7 +167,7 @@ class Coordinator(StopSignal):
         """Call the listener once, with the cause, in the thread that requests the stop; at once if one has."""
         with self._lock:
             cause = self._cause
-            if cause is None:
+            if cause is None or not self._stopped.is_set():
                 self._listeners.append(listener)
                 return
         listener(cause)

@@ -95,6 +95,12 @@ class DirectoryStore(CheckpointStore):
         self._change(self._disk.make_directory, draft)
         return _DirectoryDraft(self, checkpoint, draft)
 
+    def write_into(self, location: str, file: str, pieces: Iterable[memoryview], size: int) -> None:
+        draft = self.path / location
+        if draft.parent.parent != self.path / ".work":
+            raise ValueError(f"{location!r} is no draft in {self.path}")
+        write_blocks(self._disk, draft / check_file_name(file), pieces, size)
+
     def remove(self, checkpoint: CheckpointId) -> None:
         name = self.name_of(checkpoint)
         trash = self._lease.directory / f"trash-{name}"
@@ -301,6 +307,10 @@ class _DirectoryDraft(Draft):
         self._store = store
         self._checkpoint = checkpoint
         self._path = path
+
+    @property
+    def location(self) -> str:
+        return str(self._path.relative_to(self._store.path))
 
     def write(self, file: str, chunks: Iterable[Chunk]) -> None:
         self._store.write(self._path, check_file_name(file), chunks)

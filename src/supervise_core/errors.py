@@ -4,6 +4,7 @@
     * SessionStateError (RuntimeError): a call at the wrong moment (no session open, one open already)
     * NotReadyError (RuntimeError): the model is not ready; says what is not ready
         * ReadinessTimeoutError (TimeoutError): the wait for a ready model ran out
+            * ChiefNeverCameError: no chief was ever seen; says where it was looked for
     * PolicyError (ValueError): a trigger or a retention rule that could never work
     * UnsupportedStateError (TypeError): a value that no checkpoint can keep; names part and path
     * DataPositionError (ValueError): the data does not fit the position saved for it
@@ -15,6 +16,13 @@
     * LeaseError
         * LeaseHeldError (BlockingIOError): another writer holds the log directory; says which
         * LeaseLostError: this writer was replaced and may not write any more
+    * MembershipError: what goes wrong between the processes of one run
+        * ChiefLostError (ConnectionError): the chief died, or does not answer any more
+        * ChiefFinishedError: the chief has ended its run, so nobody makes a model ready
+        * MemberLostError (ConnectionError): another process of the run died, or does not answer; says which
+        * MemberFailedError: another process of the run failed; says which, and with what
+        * SaveNotWantedError: the chief takes no checkpoint of a step, or gave it up; says why
+        * DisagreementError (ValueError): processes that train together have different data, or counts; says which
     * StragglersError (RuntimeError): threads that did not stop within the grace period
     * UnknownBackendError (LookupError): no backend of that name; lists the known ones
     * BackendNotInstalledError (ImportError): known, but its framework is missing; says what to type
@@ -41,6 +49,10 @@ class NotReadyError(SuperviseError, RuntimeError):
 
 class ReadinessTimeoutError(NotReadyError, TimeoutError):
     """The model did not become ready within the time allowed."""
+
+
+class ChiefNeverCameError(ReadinessTimeoutError):
+    """No chief was seen within the time allowed."""
 
 
 class PolicyError(SuperviseError, ValueError):
@@ -111,6 +123,39 @@ class LeaseHeldError(LeaseError, BlockingIOError):
 
 class LeaseLostError(LeaseError):
     """This writer was replaced by another one and may not change the log directory any more."""
+
+
+class MembershipError(SuperviseError):
+    """Base of the errors between the processes of one run."""
+
+
+class ChiefLostError(MembershipError, ConnectionError):
+    """The chief died, or does not answer any more."""
+
+
+class ChiefFinishedError(MembershipError):
+    """The chief has ended its run."""
+
+
+class MemberLostError(MembershipError, ConnectionError):
+    """Another process of the run died, or does not answer any more."""
+
+
+class MemberFailedError(MembershipError):
+    """Another process of the run failed, and this one stops with it."""
+
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(f"rank {rank} failed: {text}")
+        self.rank = rank
+        self.text = text
+
+
+class SaveNotWantedError(MembershipError):
+    """The chief does not commit the checkpoint that this process added its share to."""
+
+
+class DisagreementError(MembershipError, ValueError):
+    """Processes that train together do not have the same of what must be the same for all."""
 
 
 class StragglersError(SuperviseError, RuntimeError):

@@ -19,6 +19,7 @@ from supervise_core.safetensors_format import parse_json_object
 
 MANIFEST: Final = "manifest.json"
 STATE: Final = "state.json"
+RANKS: Final = "ranks.json"
 FORMAT_VERSION: Final = 1
 LARGEST_MANIFEST: Final = 64 << 20
 LARGEST_STATE: Final = 512 << 20

@@ -28,12 +28,17 @@ _TOGETHER: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of a checkpoint. Its tensors are read when they are asked for, while the checkpoint is held open."""
+    """One part of a checkpoint. Its tensors are read when they are asked for, while the checkpoint is held open.
+
+    ``is_own`` is False where each of several processes had a part like this and this process's own was not saved: this
+    is the chief's then. What must differ between processes, such as random state, is not to be taken from it.
+    """
 
     name: str
     state: Json
     tensors: Mapping[str, TensorSpec]
     read: ReadTensors
+    is_own: bool = True
 
     @classmethod
     def of(cls, name: str, state: Json, contents: Mapping[str, tuple[TensorSpec, memoryview]]) -> Part:

@@ -11,6 +11,7 @@ from supervise_core.backend import Backend
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock
 from supervise_core.coordinator import Coordinator
+from supervise_core.membership import Membership
 from supervise_core.operations import Operations
 from supervise_core.plugins import RunHooks
 from supervise_core.retention import Retention
@@ -32,6 +33,7 @@ class Plan(Generic[SessionT]):
     manager: SessionManager[SessionT]
     store: CheckpointStore | None
     logdir: Path | None
+    membership: Membership
     is_chief: bool
     save_every: Trigger | None
     summarize_every: Trigger | None

@@ -12,10 +12,13 @@ from typing import Any, Final, Generic, TypeVar
 
 from supervise_core.boundary import StepBoundary, StepCounter
 from supervise_core.checkpoint_store import CheckpointStore
-from supervise_core.coordinator import Coordinator, stack_of
+from supervise_core.coordinator import Coordinator, StopCause, stack_of
 from supervise_core.data_loop import DataLoop, RandomPort
+from supervise_core.gathering import ShareStore
 from supervise_core.lease import BEAT_EVERY
 from supervise_core.looper import Looper
+from supervise_core.meeting import OTHERS, Meeting
+from supervise_core.pages import Announcement
 from supervise_core.plan import Opening, Plan
 from supervise_core.report import RunReport
 from supervise_core.saving import RunSaver
@@ -23,7 +26,7 @@ from supervise_core.services import Service, ServiceContext
 from supervise_core.signals import StopSignals, exception_of, exit_status_of
 from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
 from supervise_core.summaries import EventSink, read_value
-from supervise_core.triggers import AtSteps, Trigger
+from supervise_core.triggers import AtSteps, StepsOnly, Trigger
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class Run(Generic[SessionT]):
         self.events: EventSink | None = None
         self.saver: RunSaver | None = None
         self._signals = StopSignals(coordinator)
+        self.meeting = Meeting(plan.membership, coordinator, self._signals, plan.grace)
         self._homeward = threading.Event()
         self._services: list[Service] = []
         self._home = ExitStack()
@@ -73,6 +77,8 @@ class Run(Generic[SessionT]):
             if plan.signals:
                 self._signals.install()
                 road.callback(self._signals.restore)
+            road.push(self._leave_after_failure)
+            self.meeting.join()
             if not opening.wait_for_checkpoint:
                 self._take_lease(road)
             self.session = self._bring_up(opening)
@@ -84,6 +90,7 @@ class Run(Generic[SessionT]):
             self._open_events()
             self._prepare_saving()
             self._start_services(opening.start_standard_services)
+            self._meet_the_others()
             self._home = road.pop_all()
             self._opened = True
         plan.hooks.call(
@@ -101,6 +108,10 @@ class Run(Generic[SessionT]):
     def _bring_up(self, opening: Opening) -> Any:
         if opening.session is not None:
             return opening.session
+        if self.meeting.worker is not None:
+            announced = self.meeting.adopt(opening.max_wait_secs)
+            if not self.plan.backend.shares_model(opening.master):
+                return self._adopt(opening, announced)
         if not self.plan.is_chief:
             return self.manager.wait_for_session(
                 opening.master, opening.config, opening.max_wait_secs, self.coordinator
@@ -110,11 +121,34 @@ class Run(Generic[SessionT]):
             resume=self.plan.resume, wait_for_checkpoint=opening.wait_for_checkpoint,
             max_wait_secs=opening.max_wait_secs, stop=self.coordinator,
         )  # fmt: skip
+        self._note_recovery()
+        return session
+
+    def _adopt(self, opening: Opening, announced: Announcement) -> Any:
+        rank = self.plan.membership.rank
+        session = self.manager.adopt_session(opening.master, opening.config, announced.checkpoint, rank)
+        self._note_recovery()
+        return session
+
+    def _note_recovery(self) -> None:
         recovery = self.manager.recovery
         _log.info("%s", recovery)
         self.report.restored = recovery.restored
         self.report.set_aside = recovery.set_aside
-        return session
+
+    def _meet_the_others(self) -> None:
+        """The model is ready, and what it was begun with is on disk: the others may begin with the same."""
+        if self.saver is not None:
+            self.saver.checkpointer.drain()
+        known = self.report.last_saved
+        if known is None and self.report.restored in self._own_checkpoints():
+            known = self.report.restored
+        self.meeting.begin(self.boundary, self.steps, Announcement(known, self.report.first_step))
+
+    def _leave_after_failure(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.meeting.end(0)
+            self.meeting.leave(StopCause("the start of the session", error), None, 0)
 
     def _place_boundary(self, road: ExitStack) -> None:
         backend, session = self.plan.backend, self.session
@@ -154,13 +188,20 @@ class Run(Generic[SessionT]):
     def _prepare_saving(self) -> None:
         """Put together what saves, if anything is to be saved."""
         plan = self.plan
-        if plan.store is None or plan.operations.snapshot is None or not plan.is_chief:
+        if plan.store is None or plan.operations.snapshot is None:
+            return
+        store: CheckpointStore = plan.store
+        if self.meeting.is_synchronous and self.meeting.worker is not None:
+            store = ShareStore(store, self.meeting.worker)
+            plan.staging.keeps_shared_parts = False
+        elif not plan.is_chief:
             return
         content = self.manager.recovery.content
         self.saver = RunSaver(
-            plan, plan.store, plan.operations.snapshot, self.session,
+            plan, store, plan.operations.snapshot, self.session,
             self.loop, self.boundary, self.coordinator, self.events, self.report,
             {} if content is None else content.manifest.metrics,
+            self.meeting,
         )  # fmt: skip
         self.loop.stopping = self.saver.hold_at_stop
         self.loop.exhausted = self.saver.hold_at_exhaustion
@@ -173,6 +214,8 @@ class Run(Generic[SessionT]):
         try:
             if standard and self.plan.logdir is not None and self.plan.is_chief:
                 self.start_standard_services()
+            elif standard and self.saver is not None:
+                self._start_adding_shares(self.saver)
             for service in (*(self.plan.backend.services() if standard else ()), *self.plan.services):
                 self._start(service)
         except BaseException as error:
@@ -206,6 +249,12 @@ class Run(Generic[SessionT]):
                 self.saver.checkpointer.save(step, wait=True)
         return [thread for thread in threading.enumerate() if thread not in before]
 
+    def _start_adding_shares(self, saver: RunSaver) -> None:
+        """A worker that trains in step with the chief takes its snapshots at the same steps."""
+        saver.checkpointer.check(self.steps.now())
+        trigger = None if self.plan.save_every is None else StepsOnly(self.plan.save_every)
+        self._start(CheckpointService(saver.checkpointer, trigger))
+
     def _start_summaries(self, events: EventSink, trigger: Trigger) -> None:
         self.summaries = SummaryService(events, trigger, self.plan.operations.summary)
         self._start(self.summaries)
@@ -215,8 +264,7 @@ class Run(Generic[SessionT]):
 
     def _own_checkpoints(self) -> list[str]:
         store = self.plan.store
-        assert store is not None
-        return [store.name_of(checkpoint) for checkpoint in store.checkpoints()]
+        return [] if store is None else [store.name_of(checkpoint) for checkpoint in store.checkpoints()]
 
     def _start(self, service: Service) -> None:
         self._services.append(service)
@@ -301,10 +349,15 @@ class Run(Generic[SessionT]):
         finally:
             self._closed = True
             self._guard(self.loop.close, "the end of the data")
+            self._guard(self._leave, "the end of the session")
             self._guard(self._home.close, "the end of the session")
             if close_summary_writer:
                 self.close_events()
             self._complete_report()
+
+    def _leave(self) -> None:
+        errors = self.coordinator.errors
+        self.meeting.leave(errors[0] if errors else None, self.coordinator.cause, self.report.last_step)
 
     def close_session(self) -> None:
         """Close the session itself, after a ``close`` that kept it; safe to call twice."""
@@ -328,6 +381,8 @@ class Run(Generic[SessionT]):
         if self.steps.now() > self.report.first_step + 1:
             self.boundary.warn_of_no_boundary(self.steps.now())
         self._left_by = error
+        step = self.steps.now()
+        self.meeting.end(step)
         asked = self.coordinator.should_stop()
         withheld = self._judge(error)
         grace = _GRACE_WHEN_INSISTED if self._signals.insisted else self.plan.grace
@@ -348,14 +403,17 @@ class Run(Generic[SessionT]):
         if error is None or self.plan.backend.is_clean_stop(error):
             if error is not None:
                 self.coordinator.request_stop(error, source=TRAINING_BLOCK)
-            caught = any(cause.source == TRAINING_BLOCK for cause in self.coordinator.errors)
-            return "an error in the training block was caught by stop_on_exception" if caught else ""
+            if any(cause.source == TRAINING_BLOCK for cause in self.coordinator.errors):
+                return "an error in the training block was caught by stop_on_exception"
+            lost = [cause for cause in self.coordinator.errors if cause.source == OTHERS]
+            return str(lost[0]) if lost and self.meeting.is_synchronous else ""
         if isinstance(error, StopIteration):
             error.add_note(
                 "StopIteration left the training block. To end a run at the end of its data, leave the loop, "
                 "call sv.request_stop(), or iterate over sv.batches(...)."
             )
         if isinstance(error, Exception):
+            self.meeting.tell_failure(StopCause(TRAINING_BLOCK, error))
             self.coordinator.request_stop(error, source=TRAINING_BLOCK)
         else:
             self.coordinator.request_stop(source=f"{type(error).__name__} in the training block")

@@ -16,6 +16,8 @@ from supervise_core.checkpointer import Checkpointer, CheckpointLabels, PendingS
 from supervise_core.coordinator import Coordinator
 from supervise_core.data_loop import DataLoop
 from supervise_core.errors import SessionStateError
+from supervise_core.gathering import Gathering, ShareGathering
+from supervise_core.meeting import Meeting
 from supervise_core.plan import Plan
 from supervise_core.report import RunReport
 from supervise_core.snapshot import Snapshot
@@ -47,6 +49,7 @@ class RunSaver:
         events: EventSink | None,
         report: RunReport,
         metrics: Mapping[str, float],
+        meeting: Meeting,
     ) -> None:
         self._plan = plan
         self._snapshot = snapshot
@@ -56,12 +59,21 @@ class RunSaver:
         self._coordinator = coordinator
         self._events = events
         self._report = report
+        self._meeting = meeting
         self._metrics: tuple[int, dict[str, float]] = (report.first_step, dict(metrics))
         self._held_position: object = None
         self._told_at: int | None = None
         self._warned = self._warned_of_concurrency = self._ended = False
         labels = CheckpointLabels(plan.backend.name, _versions())
-        self.checkpointer = Checkpointer(store, plan.keep, labels, self._capture, coordinator, report, self._committed)
+        gathering = (
+            Gathering() if not meeting.is_synchronous or meeting.chief is None else ShareGathering(meeting.chief)
+        )
+        self.checkpointer = Checkpointer(
+            store, plan.keep, labels, self._capture, coordinator, report, self._committed, gathering
+        )
+        if meeting.is_synchronous:
+            self.checkpointer.agree = meeting.wish_save
+            meeting.save = self.checkpointer.grant
 
     def note_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Keep metrics for the checkpoint of this step, and have it taken if they decide what is kept."""
@@ -69,7 +81,8 @@ class RunSaver:
         self._metrics = (step, known | dict(values))
         if not self.checkpointer.metrics_ranked & values.keys():
             return
-        if self.checkpointer.is_serving and self._loop.position_at_stop() is not None:
+        alone = not self._meeting.is_synchronous
+        if alone and self.checkpointer.is_serving and self._loop.position_at_stop() is not None:
             self.checkpointer.save(step, wait=True)  # now: at the next boundary the model may be a step further
         else:
             self.checkpointer.request()
@@ -105,7 +118,8 @@ class RunSaver:
             checkpointer.drop()
             return f"withheld: {withheld}"
         unseen = self._loop.steps.is_own and not self._boundary.was_reached
-        if step == self._report.first_step and not unseen and (asked or self._report.restored is not None):
+        known = self._report.restored is not None or self._meeting.is_synchronous
+        if step == self._report.first_step and not unseen and (asked or known):
             return "nothing new: no step was made"
         self._ended = not asked
         if not asked or (step not in (checkpointer.held_step, self._told_at) and self._loop.position_at_stop()):
@@ -140,6 +154,8 @@ class RunSaver:
         self._held_position = position = self._loop.position_at_end(ended=self._ended)
         events = [] if self._events is None else self._events.events_of(step)
         state = {"data": position, "events": events, "began": self._report.first_step}
+        if self._meeting.is_synchronous:
+            state["ranks"] = self._meeting.membership.size
         run_state = encode(state, "the data's position")
         try:
             snapshot = self._snapshot(self._session, staging)
@@ -154,6 +170,7 @@ class RunSaver:
     def prepare(self) -> None:
         """Have memory for the state as it is now, made by a thread beside the loop: the next save finds it there."""
         outline = Outline()
+        outline.keeps_shared_parts = self._plan.staging.keeps_shared_parts
         self._snapshot(self._session, outline)
 
         def reserve() -> None:

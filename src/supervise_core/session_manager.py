@@ -167,6 +167,27 @@ class SessionManager(Generic[SessionT]):
             on_failure.pop_all()
             return session
 
+    def adopt_session(self, master: str, config: object, checkpoint: str | None, rank: int) -> SessionT:
+        """A session with the model that the chief of several processes has made ready: the same checkpoint, as this
+        rank finds it; or initialised in the same way, where nothing is kept.
+
+        :raises NotReadyError: if it is not ready after that; says what is missing, by name.
+        :raises CheckpointError: if it cannot be restored.
+        :raises OSError: as the storage fails.
+        """
+        self.recovery = Recovery()
+        with ExitStack() as on_failure:
+            session = self._create(master, config, on_failure)
+            if checkpoint is None:
+                self._initialise(session)
+            else:
+                self._recover_as_announced(session, checkpoint, rank)
+            self._run_local_init(session)
+            if isinstance(answer := self._readiness(session), NotReady):
+                raise NotReadyError(f"the model is not ready: {answer.reason}. Done so far: {self.recovery}.")
+            on_failure.pop_all()
+            return session
+
     # ---- steps
 
     def _create(self, master: str, config: object, on_failure: ExitStack) -> SessionT:
@@ -265,6 +286,24 @@ class SessionManager(Generic[SessionT]):
     def _nothing_to_resume(self) -> str:
         where = "the Supervisor has no logdir" if self._store is None else f"there is none in {self._store.location}"
         return f"resume='must' needs a checkpoint, and {where}. Begin with resume='auto', or name the right logdir."
+
+    def _recover_as_announced(self, session: SessionT, name: str, rank: int) -> None:
+        store, load = self._store, self._operations.load
+        if store is None or load is None:
+            raise NotReadyError(
+                f"the chief has restored {name}, and this process has no logdir or no saver; give it the same arguments"
+            )
+        known = {store.name_of(checkpoint): checkpoint for checkpoint in store.checkpoints()}
+        if name not in known:
+            raise CheckpointNotFoundError(
+                f"the chief has restored {name}, and this process sees no such checkpoint in {store.location}; "
+                "a log directory must be on a file system that all processes share, and the same one"
+            )
+        with store.open(known[name]) as reader:
+            content = store.format.read(reader).of_rank(rank)
+            load(session, content.parts)  # the chief has verified what this one does not read
+        self.recovery.restored = name
+        self.recovery.content = content
 
     def _recover_from_store(self, session: SessionT, load: Load[SessionT], resume: Resume) -> bool:
         store = self._store

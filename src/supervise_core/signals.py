@@ -66,6 +66,11 @@ class StopSignals:
                 self._thread.join()
                 self._thread = None
 
+    def heed(self, number: signal.Signals) -> None:
+        """Another process of the run got a signal, and this one is to end as if it had got it itself."""
+        if self.first is None:
+            self.first, self._first_at, self._count = number, self._coordinator.clock.monotonic(), 1
+
     def end_process_as_signalled(self) -> None:
         """Raise what the signal would have ended the process with, had it not been for the final save.
 

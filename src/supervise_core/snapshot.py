@@ -90,7 +90,8 @@ class PartImage:
     """One part of the state: its tagged JSON, and the files with its tensors (none, one, or several shards).
 
     ``changed_at`` says of each tensor in which snapshot of the same ``Staging`` its bytes were last others than in the
-    one before. ``number`` is that of this snapshot. No file is to be larger than ``shard_bytes``.
+    one before. ``number`` is that of this snapshot. No file is to be larger than ``shard_bytes``. ``per_rank``: where
+    several processes train together, each has its own.
     """
 
     name: str
@@ -99,6 +100,7 @@ class PartImage:
     changed_at: Mapping[str, int]
     number: int
     shard_bytes: int
+    per_rank: bool = False
 
 
 @dataclass(frozen=True, slots=True)

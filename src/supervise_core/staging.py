@@ -40,10 +40,14 @@ class Staging:
         self._parts: dict[str, PartImage] = {}
         self._pending: list[Callable[[], None]] = []
         self._number = 0
+        self.keeps_shared_parts = True
+        """Whether parts are taken that are the same on all ranks: one of them is enough."""
         self._begin_in_this_process()
 
-    def put(self, part: str, state: Any, codec: TensorCodec[Any] | None = None) -> None:
+    def put(self, part: str, state: Any, codec: TensorCodec[Any] | None = None, *, per_rank: bool = False) -> None:
         """Copy one part: a tree whose leaves are tensors that ``codec`` knows, NumPy arrays, or plain values.
+
+        ``per_rank``: where several processes train together, each has its own; other parts are the same on all.
 
         :raises UnsupportedStateError: for a value that would not come back; names its path. Nothing is kept of it.
         :raises ValueError: if the part cannot bear this name, or was put already.
@@ -53,6 +57,8 @@ class Staging:
         check_part_name(part)
         if part in self._parts:
             raise ValueError(f"the part {part!r} was put twice into one snapshot")
+        if not per_rank and not self.keeps_shared_parts:
+            return
         with no_collection():
             names = self._names.setdefault(part, {})
             flat = Flattening(part, codecs_of(codec), names)
@@ -61,7 +67,7 @@ class Staging:
                 names.clear()  # the keys of this state change all the time
             number = self._next_number()
             files, changed_at = self._take(flat, number)
-        self._parts[part] = PartImage(part, skeleton, files, changed_at, number, self._shard_bytes)
+        self._parts[part] = PartImage(part, skeleton, files, changed_at, number, self._shard_bytes, per_rank)
 
     def snapshot(self, step: int | None = None, consistent: bool = True) -> Snapshot:
         """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""

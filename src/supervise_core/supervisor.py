@@ -19,6 +19,7 @@ from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import SessionStateError
 from supervise_core.lifecycle import Lifecycle
 from supervise_core.looper import Looper
+from supervise_core.membership import LocalMembership, Membership
 from supervise_core.operations import USE_BACKEND, Default, Operations
 from supervise_core.plan import Opening, Plan
 from supervise_core.plugins import hooks_of_run
@@ -54,7 +55,8 @@ class Supervisor(Generic[SessionT]):
         backend: Backend[SessionT],
         logdir: str | os.PathLike[str] | None = None,
         *,
-        is_chief: bool = True,
+        membership: Membership | None = None,
+        is_chief: bool | None = None,
         init: Callable[[SessionT], object] | None | Default = USE_BACKEND,
         init_fn: Callable[[SessionT], object] | None = None,
         ready: Callable[[SessionT], object] | None | Default = USE_BACKEND,
@@ -77,7 +79,9 @@ class Supervisor(Generic[SessionT]):
         """
         :param backend: the framework.
         :param logdir: where checkpoints and event files go; made when the session opens. None: nothing is kept.
-        :param is_chief: whether this process initialises, restores and saves; others wait until the model is ready.
+        :param membership: which of several processes this is, and where they meet.
+        :param is_chief: instead of that, where the model itself is shared: whether this process initialises, restores
+            and saves; others wait until the model is ready, and know nothing else of each other.
         :param init, ready, ready_for_local_init, local_init, summary: the backend's operation, a callable of the
             session instead of it, or None for none. ``ready`` answers ``Ready()``, ``NotReady(reason)`` or a bool.
         :param init_fn: called after ``init``; neither is called when a checkpoint is restored.
@@ -104,6 +108,13 @@ class Supervisor(Generic[SessionT]):
             raise TypeError(f"staging= takes a Staging, or 'none' to save without memory for it, not {staging!r}")
         if not isinstance(resume, (str, os.PathLike)):
             raise TypeError(f"resume= takes 'auto', 'must', 'never' or the path of a checkpoint, not {resume!r}")
+        if membership is not None and not isinstance(membership, Membership):
+            raise TypeError(
+                f"membership= takes a Membership, such as FileMembership(directory, rank), not {membership!r}"
+            )
+        place = membership or LocalMembership()
+        if membership is not None and is_chief not in (None, place.is_chief):
+            raise ValueError(f"is_chief={is_chief} contradicts membership=, whose rank is {place.rank}; leave it out")
         own_clock = clock or SystemClock()
         path = None if logdir is None else Path(logdir)
         own_store = DirectoryStore(path, clock=own_clock) if store is None and path is not None else store
@@ -118,7 +129,8 @@ class Supervisor(Generic[SessionT]):
             manager=SessionManager(backend, operations, own_store, own_clock),
             store=own_store,
             logdir=path,
-            is_chief=is_chief,
+            membership=place,
+            is_chief=place.is_chief if is_chief is None else is_chief,
             save_every=save_every,
             summarize_every=summarize_every,
             keep=keep,

@@ -51,6 +51,11 @@ class TensorFile:
             raise CheckpointDamagedError(reader.name, f"{file}: {error}") from error
 
     @property
+    def file(self) -> str:
+        """Its name."""
+        return self._file
+
+    @property
     def tensors(self) -> dict[str, TensorSpec]:
         """What it says that it holds."""
         return {each.spec.name: each.spec for each in self._ranges}

@@ -131,6 +131,16 @@ class EitherOf(Trigger):
         return self.first.next_due(last).earliest(self.second.next_due(last))
 
 
+@dataclass(frozen=True, slots=True)
+class StepsOnly(Trigger):
+    """What another trigger says of steps: what several processes that train in step do without asking each other."""
+
+    whole: Trigger
+
+    def next_due(self, last: Firing) -> Due:
+        return Due(step=self.whole.next_due(last).step)
+
+
 def _earlier(one: Number | None, other: Number | None) -> Number | None:
     if one is None or other is None:
         return other if one is None else one

@@ -119,7 +119,8 @@ class ArrayBackend(Backend[ArraySession]):
 
     def snapshot(self, session: ArraySession, staging: Staging) -> Snapshot:
         staging.put("model", dict(self._arrays))
-        staging.put("random", {"global_step": session.counted, "states": self.random_state(session)})
+        random = {"global_step": session.counted, "states": self.random_state(session)}
+        staging.put("random", random, per_rank=True)
         return staging.snapshot()
 
     def load(self, session: ArraySession, parts: Parts) -> None:
@@ -133,7 +134,8 @@ class ArrayBackend(Backend[ArraySession]):
         for name, array in self._arrays.items():
             if saved.tree[name] is not array:
                 np.copyto(array, saved.tree[name], casting="no")
-        self.set_random_state(session, random["states"])
+        if _part(parts, "random").is_own:
+            self.set_random_state(session, random["states"])
         session.forget_step()  # which a newer checkpoint had, that turned out to be damaged
         if random["global_step"] is not None:
             session.global_step = random["global_step"]

@@ -78,7 +78,7 @@ class BundleFormat(CheckpointFormat):
             reader.verify(file, record)
         if not manifest.files:
             check_bundle(reader.prefix)
-        parts: dict[str, Part] = {VARIABLES: BundlePart(VARIABLES, {}, {}, _nothing, reader.prefix)}
+        parts: dict[str, Part] = {VARIABLES: BundlePart(VARIABLES, {}, {}, _nothing, prefix=reader.prefix)}
         match manifest.run:
             case {"parts": dict() as states, "run": run_state}:
                 parts |= {name: Part(name, state, {}, _nothing) for name, state in states.items()}

@@ -151,7 +151,7 @@ class EagerBackend(Backend[EagerSession]):
         for name, tree in trees.items():
             staging.put(name, tree)
         own = {"random": self.random_state(session), "built": self._built_how(), "optimized": self._optimized()}
-        staging.put(_OWN_PART, own)
+        staging.put(_OWN_PART, own, per_rank=True)
         return staging.snapshot()
 
     def load(self, session: EagerSession, parts: Parts) -> None:
@@ -183,7 +183,8 @@ class EagerBackend(Backend[EagerSession]):
             if place in unbuilt and _is_built(leaf):
                 _reset_slots(leaf, states[place])
         self._restored = set(states)
-        self.set_random_state(session, own["random"])
+        if parts[_OWN_PART].is_own:
+            self.set_random_state(session, own["random"])
 
     def batch_source(self, session: EagerSession, data: Any, run_seed: int) -> BatchSource:
         if shuffles_anew(data) and not self._warned_of_order:

@@ -78,6 +78,9 @@ class GraphBackend(Backend[Any]):
 
     # ---- sessions
 
+    def shares_model(self, master: str) -> bool:
+        return bool(master)
+
     def create_session(self, master: str = "", config: Any = None) -> Any:
         """A new session on that master: ``""`` in this process, ``"local"`` on a server in it, or a target."""
         target = _local_server().target if master == "local" else master
@@ -174,7 +177,7 @@ class GraphBackend(Backend[Any]):
             values = self._saved.fetch(session)
             step = self._step_in(values, step)
             staging.put(VARIABLES, to_tree(values))
-        staging.put(_OWN_PART, {"random": self.random_state(session)})
+        staging.put(_OWN_PART, {"random": self.random_state(session)}, per_rank=True)
         return staging.snapshot(step, consistent=self.global_step(session) == before)
 
     def load(self, session: Any, parts: Parts) -> None:
@@ -193,7 +196,7 @@ class GraphBackend(Backend[Any]):
             saved = from_tree(variables.tree())
             self._saved.check_fit(VARIABLES, saved)
             self._saved.put_back(session, saved)
-        if _OWN_PART in parts:
+        if _OWN_PART in parts and parts[_OWN_PART].is_own:
             self.set_random_state(session, parts[_OWN_PART].tree()["random"])
 
     def _check_shapes(self, prefix: Path) -> None:

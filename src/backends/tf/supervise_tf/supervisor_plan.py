@@ -15,6 +15,7 @@ import supervise_core
 from supervise_core.clock import Clock
 from supervise_core.coordinator import StopSignal
 from supervise_core.hookspecs import hookimpl
+from supervise_core.membership import LocalMembership
 from supervise_core.operations import Operations
 from supervise_core.plan import Plan
 from supervise_core.plugins import hooks_of_run
@@ -76,6 +77,7 @@ def plan_of(
         manager=_Manager(backend, session_manager, graph_operations, init_fn, logdir),
         store=store,
         logdir=None if logdir is None else Path(logdir),
+        membership=LocalMembership(),
         is_chief=is_chief,
         save_every=EverySeconds(save_model_secs) if save_model_secs else None,
         summarize_every=EverySeconds(save_summaries_secs) if save_summaries_secs else None,

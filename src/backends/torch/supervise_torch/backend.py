@@ -164,7 +164,7 @@ class TorchBackend(Backend[TorchSession]):
                 metadata[name] = {key: dict(entry) for key, entry in getattr(state, "_metadata", {}).items()}
             staging.put(name, state, self.codec)
         own = {"global_step": session.steps, "metadata": metadata, "random": self.random_state(session)}
-        staging.put(_OWN_PART, own, self.codec)
+        staging.put(_OWN_PART, own, self.codec, per_rank=True)
         return staging.snapshot()
 
     def load(self, session: TorchSession, parts: Parts) -> None:
@@ -196,7 +196,8 @@ class TorchBackend(Backend[TorchSession]):
                 if isinstance(part, torch.optim.Optimizer) and own["global_step"]:
                     part._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns that it goes first
         session.steps = own["global_step"]
-        self.set_random_state(session, own["random"])
+        if parts[_OWN_PART].is_own:  # else it is the chief's, and every rank would draw the same
+            self.set_random_state(session, own["random"])
 
     # ---- random state
 

@@ -1,0 +1,257 @@
+"""The member that is the chief: it makes the model ready, opens and closes rounds, and gathers checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from supervise_core.agreement import Decision, StopWish
+from supervise_core.errors import MemberFailedError, MemberLostError, MembershipError
+from supervise_core.member import LISTEN_FOR, Member, describe
+from supervise_core.pages import (
+    CHIEF,
+    Announcement,
+    ChiefPage,
+    End,
+    MemberPage,
+    OpenDraft,
+    Outcome,
+    Share,
+    beat_page,
+    member_page,
+    share_page,
+)
+
+_log = logging.getLogger(__name__)
+
+_LOOK_AT_ALL_EVERY: Final = 2.0
+"""Seconds between two looks at all members: at their beats, and for rings that were lost."""
+
+
+class Chief(Member):
+    """A life of the chief."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._mine = ChiefPage(self.token, self.identity)
+        self._members: dict[int, MemberPage] = {}
+        self._wishes_seen: dict[int, int] = {}
+        self._is_wished = False
+        self._stop_wish: StopWish | None = None
+        self._own_answer = 0
+        self._lost: set[int] = set()
+        self._looked_at = 0.0
+        self._drafts = 0
+        self._is_training = False
+
+    # ---- what it says
+
+    def _first_words(self) -> None:
+        self._looked_at = self._clock.monotonic() - _LOOK_AT_ALL_EVERY
+        self._tell()
+
+    def _last_words(self, end: End) -> None:
+        self._tell(end=end)
+
+    def _tell(self, **news: Any) -> None:
+        with self._lock:
+            end = self._mine.end
+            self._mine = replace(self._mine, **news)
+            if end is not None:
+                self._mine = replace(self._mine, end=end)  # the first one says why
+            self._say(CHIEF, self._mine.to_bytes())
+
+    def _put(self, page: str, content: bytes) -> None:
+        self._board.put(page, content)
+
+    def announce(self, ready: Announcement) -> None:
+        """The model is ready: have the workers go on. From now on stops and checkpoints are those of all."""
+        with self._lock:
+            self._is_training = True
+            self._tell(ready=ready)
+
+    @property
+    def has_announced(self) -> bool:
+        return self._is_training
+
+    def await_ready(self, max_wait_secs: float, stop: Callable[[], bool]) -> Announcement:
+        raise NotImplementedError("the chief makes the model ready itself")
+
+    def tell_failure(self, text: str) -> None:
+        self._tell(end=End("failed", text, 0))
+
+    def lacking(self) -> str:
+        with self._lock:
+            if self._mine.round > self._decided:
+                return self._names(self._unanswered())
+        return "nobody"
+
+    # ---- rounds
+
+    def wish(self, stop: StopWish | None = None) -> bool:
+        with self._lock:
+            if not self._is_training or self._mine.end is not None:
+                if stop is not None:
+                    self._tell(stop=stop)  # nobody trains yet: all that wait are to stop at once
+                return False
+            self._note_wish(stop)
+            self._advance()
+            return True
+
+    def _note_wish(self, stop: StopWish | None) -> None:
+        self._is_wished = True
+        self._stop_wish = self._stop_wish or stop
+
+    @property
+    def _decided(self) -> int:
+        return 0 if self._mine.decision is None else self._mine.decision.round
+
+    def _advance(self) -> None:
+        """Open a round if one is wished, and close the one that is open if all have answered."""
+        with self._lock:
+            if self._mine.round > self._decided:
+                if self._unanswered():
+                    return
+                answers = [self._own_answer, *(self._answer_of(page) for page in self._members.values())]
+                stop, self._stop_wish = self._stop_wish, None
+                self._is_wished = False
+                decision = Decision(self._mine.round, max(answers), stop)
+                _log.debug("agreed on step %d: %s", decision.step, stop or "a checkpoint")
+                self._tell(decision=decision)
+                self.agreement.decide(decision)
+            elif self._is_wished:
+                number = self._decided + 1
+                self._own_answer = self.agreement.question(number)
+                self._tell(round=number)
+                self._advance()
+
+    def _unanswered(self) -> list[int]:
+        return [
+            rank
+            for rank in self._others()
+            if (page := self._members.get(rank)) is None or (page.end is None and page.round < self._mine.round)
+        ]
+
+    def _answer_of(self, page: MemberPage) -> int:
+        return page.earliest if page.end is None else page.end.step
+
+    def _others(self) -> Iterable[int]:
+        return range(1, self.roll.size or 1)
+
+    # ---- what it hears
+
+    def _listen(self) -> None:
+        rung = self._board.rung(LISTEN_FOR)
+        ranks = {int(page.rpartition("/")[2]) for page in rung if page.startswith("member/")}
+        now = self._clock.monotonic()
+        if is_time := now - self._looked_at >= _LOOK_AT_ALL_EVERY:
+            self._looked_at = now
+            ranks |= set(self._others()) | set(self._members)
+        self._read(sorted(ranks))
+        if is_time:
+            self._look_after_all()
+
+    def _read(self, ranks: list[int]) -> None:
+        for rank, content in zip(ranks, self._board.get([member_page(rank) for rank in ranks]), strict=True):
+            if content is not None:
+                self._heed(rank, MemberPage.from_bytes(content))
+        self._advance()
+
+    def _heed(self, rank: int, page: MemberPage) -> None:
+        with self._lock:
+            before = self._members.get(rank)
+            if before is None or before.token != page.token:
+                self._pulses.pop(rank, None)
+                self._wishes_seen[rank] = 0
+                if before is not None and rank in self._lost:
+                    _log.info("rank %d is back (%s)", rank, describe(page.owner))
+                self._lost.discard(rank)
+            self._members[rank] = page
+            has_wished = page.wishes > self._wishes_seen[rank]
+            self._wishes_seen[rank] = page.wishes
+        if page.end is not None and page.end.kind == "failed":
+            if before is None or before.end is None:
+                self._fail(MemberFailedError(rank, page.end.text))
+        elif has_wished:
+            self._grant(page.stop)
+
+    def _grant(self, wish: StopWish | None) -> None:
+        if self.roll.is_synchronous and self._is_training:
+            with self._lock:
+                self._note_wish(wish)
+        elif wish is not None:
+            self._tell(stop=wish)
+            self._hearing.stop(wish)
+
+    def _look_after_all(self) -> None:
+        with self._lock:
+            alive = {rank: page for rank, page in self._members.items() if page.end is None}
+        beats = self._board.get([beat_page(rank) for rank in alive])
+        for (rank, page), beat in zip(alive.items(), beats, strict=True):
+            why = self._why_lost(rank, page.owner, beat)
+            if why is None or rank in self._lost:
+                continue
+            self._lost.add(rank)
+            if self.roll.is_synchronous:
+                self._fail(MemberLostError(f"rank {rank} is lost: {why}"))
+            else:
+                _log.warning("rank %d is lost: %s; the others go on, and so may it when it is started again", rank, why)
+
+    def _names(self, ranks: Iterable[int]) -> str:
+        def name(rank: int) -> str:
+            page = self._members.get(rank)
+            return f"rank {rank} ({describe(page.owner)})" if page is not None else f"rank {rank}, which never came"
+
+        return ", ".join(name(rank) for rank in ranks) or "nobody"
+
+    # ---- checkpoints
+
+    def open_draft(self, step: int, directory: str) -> OpenDraft:
+        """Have the workers add their shares to a checkpoint."""
+        with self._lock:
+            self._drafts += 1
+            draft = OpenDraft(self._drafts, step, directory)
+            self._tell(draft=draft)
+            return draft
+
+    def gather(self, draft: OpenDraft, limit: float) -> Mapping[int, Share]:
+        """Wait until all workers have added their shares.
+
+        :raises OSError: if one could not.
+        :raises MembershipError: if one has not within ``limit`` seconds, has ended without, or is lost; says which.
+        """
+        shares: dict[int, Share] = {}
+
+        def missing() -> list[int]:
+            return [rank for rank in self._others() if rank not in shares]
+
+        def look() -> bool | None:
+            ranks = missing()
+            with self._lock:  # before the shares are read: who has left put up its share before that
+                gone = {rank for rank in ranks if rank in self._lost or ((p := self._members.get(rank)) and p.end)}
+            for rank, content in zip(ranks, self._board.get([share_page(rank) for rank in ranks]), strict=True):
+                page = self._members.get(rank)
+                share = None if content is None else Share.from_bytes(content)
+                if share is not None and page is not None and (share.token, share.draft) == (page.token, draft.number):
+                    shares[rank] = share
+            return True if not missing() or gone & set(missing()) or self._has_failed else None
+
+        self.await_news(look, limit, f"all shares of the checkpoint of step {draft.step}")
+        if missing():
+            raise MembershipError(
+                f"the checkpoint of step {draft.step} lacks the share of {self._names(missing())}; "
+                "all ranks must come to a step boundary at that step"
+            )
+        for rank, share in shares.items():
+            if share.problem:
+                raise OSError(errno.EIO, f"{self._names([rank])} has no share for step {draft.step}: {share.problem}")
+        return shares
+
+    def settle(self, draft: OpenDraft, checkpoint: str | None, problem: str = "") -> None:
+        """Say what became of a draft."""
+        with self._lock:
+            self._mine = self._mine.with_outcome(Outcome(draft.number, checkpoint, problem))
+            self._tell()

@@ -1,0 +1,238 @@
+"""A member that is not the chief: it waits for the model, answers the chief's questions, and adds to checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from supervise_core.agreement import StopWish
+from supervise_core.errors import (
+    ChiefFinishedError,
+    ChiefLostError,
+    ChiefNeverCameError,
+    MemberFailedError,
+    MembershipError,
+    ReadinessTimeoutError,
+    SessionStateError,
+)
+from supervise_core.member import LISTEN_FOR, Member, describe
+from supervise_core.pages import (
+    CHIEF,
+    Announcement,
+    ChiefPage,
+    End,
+    MemberPage,
+    OpenDraft,
+    Outcome,
+    Share,
+    beat_page,
+    member_page,
+    share_page,
+)
+
+_log = logging.getLogger(__name__)
+
+_SETTLES: Final = 5.0
+"""Seconds for which the end of a chief that was there first may be that of an earlier run."""
+
+
+class Worker(Member):
+    """A life of a worker."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._mine = MemberPage(self.token, self.identity)
+        self._known: bytes | None = None
+        self._chief: ChiefPage | None = None
+        self._lost: tuple[float, str] | None = None
+        """Since when the chief is lost, and why."""
+        self._adopted: str | None = None
+        """The token of the chief whose model this worker trains."""
+
+    # ---- what it says
+
+    def _first_words(self) -> None:
+        self._tell()
+
+    def _last_words(self, end: End) -> None:
+        self._tell(end=end)
+
+    def _tell(self, **news: Any) -> None:
+        with self._lock:
+            if self._mine.end is None:
+                self._mine = replace(self._mine, **news)
+            self._say(member_page(self.roll.rank), self._mine.to_bytes())
+
+    def _put(self, page: str, content: bytes) -> None:
+        self._board.put(page, content)
+        self._board.ring(page)
+
+    def wish(self, stop: StopWish | None = None) -> bool:
+        with self._lock:
+            chief = self._chief
+            if chief is None or chief.end is not None or self._lost is not None:
+                return False
+            self._tell(wishes=self._mine.wishes + 1, stop=self._mine.stop or stop)
+            return True
+
+    def tell_failure(self, text: str) -> None:
+        self._tell(end=End("failed", text, 0))
+
+    def lacking(self) -> str:
+        chief, lost = self._chief, self._lost
+        if chief is None:
+            return f"rank 0, the chief, has not come to {self._board.location}"
+        if lost is not None:
+            return f"rank 0, the chief, is lost: {lost[1]}"
+        return f"rank 0, the chief ({describe(chief.owner)})" + ("" if chief.ready else ", is not ready yet")
+
+    # ---- what it hears
+
+    def _listen(self) -> None:
+        content = self._board.await_change(CHIEF, self._known, LISTEN_FOR)
+        if content != self._known:
+            self._known = content
+            if content is not None:
+                self._heed(ChiefPage.from_bytes(content))
+        self._look_after_chief()
+
+    def _heed(self, page: ChiefPage) -> None:
+        with self._lock:
+            before, self._chief = self._chief, page
+        if before is None or before.token != page.token:
+            self._pulses.clear()
+            if self._lost is not None:
+                _log.info("the chief is back (%s)", describe(page.owner))
+            self._lost = None
+            if self._adopted not in (None, page.token) and self.roll.is_synchronous:
+                self._fail(
+                    ChiefLostError("rank 0, the chief, was started anew while this rank trained with the old one")
+                )
+                return
+        if page.stop is not None:
+            self._hearing.stop(page.stop)
+        if page.end is not None:
+            self._heed_end(page.end)
+        if page.decision is not None:
+            self.agreement.decide(page.decision)
+        if page.round > self._mine.round:
+            self._tell(round=page.round, earliest=self.agreement.question(page.round))
+
+    def _heed_end(self, end: End) -> None:
+        if self._adopted is None:
+            return
+        if end.kind == "failed":
+            self._fail(MemberFailedError(0, end.text))
+        elif not self.roll.is_synchronous:
+            self._hearing.stop(StopWish(f"the end of the chief's run ({end.text})", 0))
+
+    def _look_after_chief(self) -> None:
+        chief = self._chief
+        if chief is None or chief.end is not None:
+            return
+        [beat] = self._board.get([beat_page(0)])
+        why = self._why_lost(0, chief.owner, beat)
+        now = self._clock.monotonic()
+        if why is None:
+            self._lost = None
+            return
+        if self._lost is None:
+            self._lost = now, why
+            if self._adopted is not None and not self.roll.is_synchronous:
+                _log.warning("rank 0, the chief, is lost: %s; waiting %g s for it", why, self._patience.comeback)
+        if self._adopted is None:
+            return
+        if self.roll.is_synchronous or now - self._lost[0] > self._patience.comeback:
+            self._fail(ChiefLostError(f"rank 0, the chief, is lost: {why}"))
+
+    # ---- the model
+
+    def await_ready(self, max_wait_secs: float, stop: Callable[[], bool]) -> Announcement:
+        began = self._clock.monotonic()
+
+        def look() -> Announcement | None:
+            if stop():
+                raise SessionStateError(f"stopped while waiting for the chief's model: {self.lacking()}")
+            with self._lock:
+                chief, lost = self._chief, self._lost
+                if chief is None:
+                    return None
+                if chief.end is not None:
+                    self._judge_end(chief, chief.end, began)
+                    return None
+                if lost is not None:
+                    if self._clock.monotonic() - lost[0] > self._patience.comeback:
+                        raise ChiefLostError(f"rank 0, the chief, is lost: {lost[1]}")
+                    return None
+                if chief.ready is not None:
+                    self._adopted = chief.token
+                return chief.ready
+
+        found = self.await_news(look, max_wait_secs, "the chief's model")
+        if found is not None:
+            return found
+        waited = f"waited {max_wait_secs:g} s for the chief's model: {self.lacking()}"
+        if self._chief is None:
+            raise ChiefNeverCameError(f"{waited}. Start it with the same place and rank 0.")
+        if self._lost is not None:
+            raise ChiefLostError(waited)
+        raise ReadinessTimeoutError(waited)
+
+    def _judge_end(self, chief: ChiefPage, end: End, began: float) -> None:
+        """The end of a chief that was there before this worker may be that of an earlier run: another one may come."""
+        if self._clock.monotonic() - began < min(self._patience.comeback, _SETTLES):
+            return
+        if end.kind == "failed":
+            raise MemberFailedError(0, end.text)
+        raise ChiefFinishedError(
+            f"rank 0, the chief ({describe(chief.owner)}), has ended its run at step {end.step} "
+            f"({end.text}), so nobody makes a model ready. Start the chief again, if there is more to be done."
+        )
+
+    # ---- checkpoints
+
+    def await_draft(self, step: int, after: int, limit: float) -> OpenDraft | None:
+        """Wait until the chief has begun the checkpoint of a step, later than the draft ``after``.
+
+        None if it has gone on to another one, or to its end, without.
+
+        :raises MembershipError: if that cannot be told within ``limit`` seconds.
+        """
+        passed_by = OpenDraft(-1, -1, "")
+
+        def look() -> OpenDraft | None:
+            with self._lock:
+                chief = self._chief
+                if chief is None or self._has_failed:
+                    return passed_by
+                draft = chief.draft
+                if draft is not None and draft.number > after and draft.step >= step:
+                    return draft if draft.step == step else passed_by
+                return passed_by if chief.end is not None else None
+
+        found = self.await_news(look, limit, f"the chief's checkpoint of step {step}")
+        if found is None:
+            raise MembershipError(f"the chief did not begin the checkpoint of step {step} within {limit:g} s")
+        return None if found is passed_by else found
+
+    def add_share(self, draft: OpenDraft, state: str, files: Mapping[str, tuple[int, str]], problem: str = "") -> None:
+        """Say what this worker adds to a checkpoint, or why it cannot."""
+        self._say(share_page(self.roll.rank), Share(self.token, draft.number, state, files, problem).to_bytes())
+
+    def await_outcome(self, draft: OpenDraft, limit: float) -> Outcome:
+        """Wait until a checkpoint is committed, or given up."""
+
+        def look() -> Outcome | None:
+            with self._lock:
+                chief = self._chief
+                for outcome in () if chief is None else chief.outcomes:
+                    if outcome.number == draft.number:
+                        return outcome
+                if chief is None or chief.end is not None or self._has_failed or self._lost is not None:
+                    return Outcome(draft.number, None, f"the chief has ended ({self.lacking()})")
+                return None
+
+        found = self.await_news(look, limit, f"the commit of the checkpoint of step {draft.step}")
+        return found or Outcome(draft.number, None, f"the chief did not say within {limit:g} s what became of it")
