@@ -17,7 +17,7 @@ The floors of this package, from what users call down to what knows nothing; imp
      5   parts, staging
      4   data_loop, flattening, manifest, snapshot
      3   data_stream, hookspecs, numpy_codec, safetensors_format, services
-     2   boundary, looper, report, signals, tensors
+     2   boundary, looper, report, signals, tensors, watchdog
      1   agreement, coordinator, data_source, lease, memory, retention, summaries, tagged_json, triggers
      0   board, clock, disk, errors, host, process_random, readiness
 

@@ -9,18 +9,20 @@ from dataclasses import replace
 from typing import Any, Final
 
 from supervise_core.agreement import Decision, StopWish
-from supervise_core.errors import MemberFailedError, MemberLostError, MembershipError
+from supervise_core.errors import DisagreementError, MemberFailedError, MemberLostError, MembershipError
 from supervise_core.member import LISTEN_FOR, Member, describe
 from supervise_core.pages import (
     CHIEF,
     Announcement,
     ChiefPage,
     End,
+    Facts,
     MemberPage,
     OpenDraft,
     Outcome,
     Share,
     beat_page,
+    fact_page,
     member_page,
     share_page,
 )
@@ -43,6 +45,8 @@ class Chief(Member):
         self._stop_wish: StopWish | None = None
         self._own_answer = 0
         self._lost: set[int] = set()
+        self._facts: dict[str, Any] = {}
+        self._facts_of: dict[int, Facts] = {}
         self._looked_at = 0.0
         self._drafts = 0
         self._is_training = False
@@ -55,6 +59,17 @@ class Chief(Member):
 
     def _last_words(self, end: End) -> None:
         self._tell(end=end)
+
+    def leave(self, end: End) -> None:
+        """As before; where all train in step, it stays until the others have heard it, for the board may go with it."""
+        if self.roll.is_synchronous and end.kind == "done" and not self._over.is_set():
+            self._last_words(end)
+            self.await_news(lambda: self._are_all_gone() or None, self._patience.silence, "the others to end")
+        super().leave(end)
+
+    def _are_all_gone(self) -> bool:
+        with self._lock:
+            return all(rank in self._lost or page.end is not None for rank, page in self._members.items())
 
     def _tell(self, **news: Any) -> None:
         with self._lock:
@@ -81,7 +96,24 @@ class Chief(Member):
         raise NotImplementedError("the chief makes the model ready itself")
 
     def tell_failure(self, text: str) -> None:
-        self._tell(end=End("failed", text, 0))
+        self._tell(end=End("failed", text, 0, 0))
+
+    def _fail(self, error: MembershipError) -> None:
+        rank, text = (error.rank, error.text) if isinstance(error, MemberFailedError) else (0, str(error))
+        self._tell(end=End("failed", text, 0, rank))  # the workers know only the chief
+        super()._fail(error)
+
+    def state(self, name: str, value: Any) -> None:
+        with self._lock:
+            self._facts[name] = value
+            known = list(self._facts_of.items())
+        for rank, facts in known:
+            self._compare(rank, facts)
+
+    def _compare(self, rank: int, facts: Facts) -> None:
+        for name, value in facts.values.items():
+            if name in self._facts and self._facts[name] != value:
+                self._fail(DisagreementError(f"{name}: {value!r} on rank {rank}, and {self._facts[name]!r} on rank 0"))
 
     def lacking(self) -> str:
         with self._lock:
@@ -151,6 +183,7 @@ class Chief(Member):
             self._looked_at = now
             ranks |= set(self._others()) | set(self._members)
         self._read(sorted(ranks))
+        self._read_facts(sorted(int(page.rpartition("/")[2]) for page in rung if page.startswith("fact/")))
         if is_time:
             self._look_after_all()
 
@@ -159,6 +192,12 @@ class Chief(Member):
             if content is not None:
                 self._heed(rank, MemberPage.from_bytes(content))
         self._advance()
+
+    def _read_facts(self, ranks: list[int]) -> None:
+        for rank, content in zip(ranks, self._board.get([fact_page(rank) for rank in ranks]), strict=True):
+            if content is not None:
+                self._facts_of[rank] = Facts.from_bytes(content)
+                self._compare(rank, self._facts_of[rank])
 
     def _heed(self, rank: int, page: MemberPage) -> None:
         with self._lock:
@@ -174,7 +213,7 @@ class Chief(Member):
             self._wishes_seen[rank] = page.wishes
         if page.end is not None and page.end.kind == "failed":
             if before is None or before.end is None:
-                self._fail(MemberFailedError(rank, page.end.text))
+                self._fail(MemberFailedError(page.end.rank, page.end.text))
         elif has_wished:
             self._grant(page.stop)
 

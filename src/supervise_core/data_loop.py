@@ -37,6 +37,10 @@ class RandomPort(NamedTuple):
     set: Callable[[RandomState], None]
 
 
+def _keep_to_oneself(_name: str, _value: object) -> None:
+    return None
+
+
 SourceFactory = Callable[[Any, int], BatchSource]
 
 
@@ -53,13 +57,16 @@ class DataLoop:
         random: RandomPort,
         run_seed: int,
         saved: dict[str, Any] | None = None,
+        declare: Callable[[str, Any], None] = _keep_to_oneself,
     ) -> None:
+        """``declare`` gets what must be the same in all processes that train in step, under a name."""
         state: dict[str, Any] = saved or {}
         self.steps = steps
         self.boundary = boundary
         self.coordinator = coordinator
         self.mark = mark
         self._random = random
+        self._declare = declare
         self.exhausted: Callable[[], None] = lambda: None
         self.stopping: Callable[[], None] = lambda: None
         self.is_over = False
@@ -246,6 +253,8 @@ class DataLoop:
             stream.handed = resuming["consumed"]
             self._put_random_back()
         stream.source, stream.finished = source, False
+        if stream.name == self.counting and (length := source.length()) is not None:
+            self._declare(f"the number of batches of {stream.name!r} in pass {stream.passes}", length)
         stream.settle(self.steps, asked=False, counts=stream.name == self.counting)  # steps made before are not its own
         stream.is_inner = self._outermost() is not None
         stream.left_at = None

@@ -217,6 +217,7 @@ class _ManagedSession(AbstractContextManager[SessionT]):
         run, lifecycle = self._run, self._lifecycle
         assert run is not None
         if lifecycle.run is run:
+            run.expect_end_of_process()
             lifecycle.close(run, error, (), self._close_writer)
         else:
             run.judge_late(error)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from supervise_core.agreement import StepAgreement, StopWish
 from supervise_core.boundary import BoundaryMeeting, StepBoundary, StepCounter
 from supervise_core.chief import Chief
 from supervise_core.coordinator import Coordinator, StopCause
-from supervise_core.errors import MemberFailedError, MemberLostError, MembershipError
+from supervise_core.errors import MemberFailedError, MemberLostError, MembershipError, StragglersError
 from supervise_core.member import Hearing, Member
 from supervise_core.membership import Membership
 from supervise_core.pages import Announcement, End
 from supervise_core.signals import StopSignals
+from supervise_core.watchdog import Watchdog
 from supervise_core.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ OTHERS: Final = "the other processes of the run"
 """The source of an end that came from them in the midst of a step, and not by agreement."""
 
 _AGREED: Final = "an agreed stop"
+_OVERDUE: Final = "the watchdog"
 
 
 def _never(_: StopCause) -> bool:
@@ -44,6 +46,7 @@ class Meeting(BoundaryMeeting):
         self._boundary: StepBoundary | None = None
         self._steps: StepCounter | None = None
         self._trains = False
+        self._watchdog = Watchdog(grace, coordinator.clock, self._say_last_words)
         self._agreement = StepAgreement(self._present_step, self._ring, coordinator.clock)
 
     # ---- the way of a run
@@ -57,6 +60,7 @@ class Meeting(BoundaryMeeting):
         self.member = self.membership.join(self._agreement, hearing, self._coordinator.clock)
         if self.member is not None:
             self._coordinator.defer = self._hand_on
+            self._coordinator.on_stop(self._watchdog.arm)
 
     @property
     def is_synchronous(self) -> bool:
@@ -102,6 +106,7 @@ class Meeting(BoundaryMeeting):
 
     def end(self, step: int) -> None:
         """No further step is made here, and whatever is asked for from now on is for this process alone."""
+        self._watchdog.disarm()
         self._agreement.end(step)
         self._coordinator.defer = _never
         if self._boundary is not None:
@@ -113,9 +118,16 @@ class Meeting(BoundaryMeeting):
         if member is None:
             return
         if failure is not None:
-            member.leave(End("failed", str(failure), step))
+            member.leave(End("failed", str(failure), step, self.membership.rank))
+            if failure.error is not None and not isinstance(failure.error, MemberFailedError):
+                self.membership.record_failure(failure.error)
         else:
-            member.leave(End("done", str(cause), step))
+            member.leave(End("done", str(cause), step, self.membership.rank))
+
+    def state(self, name: str, value: Any) -> None:
+        """Say what must be the same for all that train in step."""
+        if self.member is not None and self.is_synchronous:
+            self.member.state(name, value)
 
     # ---- at a boundary, on the training thread
 
@@ -160,7 +172,10 @@ class Meeting(BoundaryMeeting):
         first = self._signals.first
         number = int(first) if first is not None and cause.source == f"signal {first.name}" else None
         heard = member.wish(StopWish(str(cause), self.membership.rank, number, cause.error is not None))
-        return heard and self._trains and self.is_synchronous
+        deferred = heard and self._trains and self.is_synchronous
+        if deferred:
+            self._watchdog.arm(cause)
+        return deferred
 
     def _stop_as(self, wish: StopWish) -> None:
         if wish.signal is not None:
@@ -171,6 +186,10 @@ class Meeting(BoundaryMeeting):
             self._coordinator.request_stop(MemberFailedError(wish.rank, wish.text), source=_AGREED, at_once=True)
         else:
             self._coordinator.request_stop(source=f"{wish.text}, on rank {wish.rank}", at_once=True)
+
+    def _say_last_words(self, reason: str) -> None:
+        failure = StopCause(_OVERDUE, StragglersError(self._grace, {"the training thread": reason}))
+        self.leave(failure, None, self._present_step())
 
     def _fail(self, error: MembershipError) -> None:
         self._coordinator.request_stop(error, source=OTHERS, at_once=True)

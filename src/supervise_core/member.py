@@ -14,7 +14,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from supervise_core.agreement import StepAgreement, StopWish
 from supervise_core.board import Board
@@ -153,6 +153,10 @@ class Member(ABC):
     @abstractmethod
     def tell_failure(self, text: str) -> None:
         """Let the others know at once that this one fails."""
+
+    @abstractmethod
+    def state(self, name: str, value: Any) -> None:
+        """Say what must be the same for all; where it is not, the run fails, everywhere. ``value`` is plain data."""
 
     @abstractmethod
     def lacking(self) -> str:

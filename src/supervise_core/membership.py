@@ -68,6 +68,10 @@ class Membership(ABC):
         :raises ConnectionError: if it cannot be reached.
         """
 
+    def record_failure(self, error: BaseException) -> None:
+        """Leave the error that ended this process where its launcher looks for it, if there is such a place."""
+        return None
+
     def join(self, agreement: StepAgreement, hearing: Hearing, clock: Clock) -> Member | None:
         """Take part in a run from now on; None where there is nobody else."""
         if self.roll.size == 1:

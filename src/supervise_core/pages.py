@@ -16,6 +16,7 @@ from supervise_core.host import Identity
 
 CHIEF: Final = "chief"
 _OUTCOMES_KEPT: Final = 8
+FACTS_KEPT: Final = 16
 
 EndKind = Literal["done", "stopped", "failed"]
 
@@ -36,17 +37,18 @@ def share_page(rank: int) -> str:
 
 
 def fact_page(rank: int) -> str:
-    """The name of the page with what a member knows and all must have the same."""
+    """The name of the page with what a worker knows and all must have the same."""
     return f"fact/{rank}"
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a member's part in the run ended."""
+    """How a member's part in the run ended. ``rank`` is whose failure it was, if it was one."""
 
     kind: EndKind
     text: str
     step: int
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,27 @@ class Outcome:
     number: int
     checkpoint: str | None
     problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a member knows that all must have the same, under one name each: the last few."""
+
+    token: str
+    values: Mapping[str, Any]
+
+    def to_bytes(self) -> bytes:
+        """As the content of a page."""
+        return _encode(self)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """:raises MembershipError: if that is no such page."""
+        data = _decode(content)
+        try:
+            return cls(data["token"], dict(data["values"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _foreign(content) from error
 
 
 @dataclass(frozen=True, slots=True)

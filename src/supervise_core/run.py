@@ -143,6 +143,8 @@ class Run(Generic[SessionT]):
         known = self.report.last_saved
         if known is None and self.report.restored in self._own_checkpoints():
             known = self.report.restored
+        self.meeting.state("the first step", self.report.first_step)
+        self.meeting.state("save_every=", repr(self.plan.save_every))
         self.meeting.begin(self.boundary, self.steps, Announcement(known, self.report.first_step))
 
     def _leave_after_failure(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -173,6 +175,7 @@ class Run(Generic[SessionT]):
             ),
             backend.run_seed(session),
             position,
+            self.meeting.state,
         )
         self.report.first_step = self.report.last_step = self.steps.now()
 
@@ -328,6 +331,10 @@ class Run(Generic[SessionT]):
             self.saver.note_metrics(self.steps.now(), values)
 
     # ---- the way home
+
+    def expect_end_of_process(self) -> None:
+        """What ``outcome`` raises for a signal will end this process, as those of the other ranks."""
+        self._signals.ignores_later = self.meeting.is_synchronous
 
     def close(
         self,

@@ -41,6 +41,9 @@ class StopSignals:
         """Whether an end at once was asked for."""
         self.saving = False
         """Set while the final save is in flight: a further SIGTERM is then the same request."""
+        self.ignores_later = False
+        """Whether a process that ends by SIGTERM ignores any further one: a launcher sends it to all as soon as the
+        first one ends, and they are to end with the same status."""
 
     def install(self) -> None:
         """Take the signals over, if this is the main thread. One that is being ignored stays ignored."""
@@ -59,7 +62,8 @@ class StopSignals:
             while self._before:
                 number, handler = self._before.popitem()
                 if signal.getsignal(number) == self._handle:
-                    signal.signal(number, handler)
+                    is_over = self.ignores_later and number is self.first is signal.SIGTERM
+                    signal.signal(number, signal.SIG_IGN if is_over else handler)
         finally:
             if self._thread is not None:
                 self._requests.put(None)

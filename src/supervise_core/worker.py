@@ -20,14 +20,17 @@ from supervise_core.errors import (
 from supervise_core.member import LISTEN_FOR, Member, describe
 from supervise_core.pages import (
     CHIEF,
+    FACTS_KEPT,
     Announcement,
     ChiefPage,
     End,
+    Facts,
     MemberPage,
     OpenDraft,
     Outcome,
     Share,
     beat_page,
+    fact_page,
     member_page,
     share_page,
 )
@@ -48,6 +51,7 @@ class Worker(Member):
         self._chief: ChiefPage | None = None
         self._lost: tuple[float, str] | None = None
         """Since when the chief is lost, and why."""
+        self._facts: dict[str, Any] = {}
         self._adopted: str | None = None
         """The token of the chief whose model this worker trains."""
 
@@ -78,7 +82,13 @@ class Worker(Member):
             return True
 
     def tell_failure(self, text: str) -> None:
-        self._tell(end=End("failed", text, 0))
+        self._tell(end=End("failed", text, 0, self.roll.rank))
+
+    def state(self, name: str, value: Any) -> None:
+        with self._lock:
+            self._facts[name] = value
+            recent = dict(list(self._facts.items())[-FACTS_KEPT:])
+            self._say(fact_page(self.roll.rank), Facts(self.token, recent).to_bytes())
 
     def lacking(self) -> str:
         chief, lost = self._chief, self._lost
@@ -124,7 +134,7 @@ class Worker(Member):
         if self._adopted is None:
             return
         if end.kind == "failed":
-            self._fail(MemberFailedError(0, end.text))
+            self._fail(MemberFailedError(end.rank, end.text))
         elif not self.roll.is_synchronous:
             self._hearing.stop(StopWish(f"the end of the chief's run ({end.text})", 0))
 
@@ -185,7 +195,7 @@ class Worker(Member):
         if self._clock.monotonic() - began < min(self._patience.comeback, _SETTLES):
             return
         if end.kind == "failed":
-            raise MemberFailedError(0, end.text)
+            raise MemberFailedError(end.rank, end.text)
         raise ChiefFinishedError(
             f"rank 0, the chief ({describe(chief.owner)}), has ended its run at step {end.step} "
             f"({end.text}), so nobody makes a model ready. Start the chief again, if there is more to be done."
