@@ -1,7 +1,7 @@
 """A board in a shared directory, for machines that have nothing else in common.
 
-A page ``beat/12`` is the file ``pages/beat/12.page``: the hash of its content, and the content. It is written as a draft
-in ``drafts/`` and renamed. A ring is a file in ``bell/``, named after its page, which the listener removes: while
+A page ``beat/12`` is the file ``pages/beat/12.page``: the hash of its content, and the content. It is written as a
+draft in ``drafts/`` and renamed. A ring is a file in ``bell/``, named after its page, which the listener removes: while
 nothing rings, listening is one look at an empty directory, however many processes there are.
 
 Nothing here needs more than names and whole files, so that it works where little else does. On a network file system:
@@ -11,8 +11,8 @@ Nothing here needs more than names and whole files, so that it works where littl
 * A machine remembers for up to a minute that a name was *not* there, or which file it was. What it remembers it checks
   against the directory's own change counter, and that one it asks the server for whenever a directory is *opened*. So
   every look opens the directories on the way to a page, each within the one above it, and then the page. That is one
-  short question each, and no list of names, however many pages are there. The uppermost ones are made by everyone, since
-  making a directory is never answered from memory.
+  short question each, and no list of names, however many pages are there. The uppermost ones are made by everyone,
+  since making a directory is never answered from memory.
 * Opening a file asks the server, too; what was written is with the server when the writer has closed it, and that is
   before the rename. A page's file is never changed after that. ``ESTALE`` (replaced between the look-up of its name and
   the opening) is no more than a reason to look again.
@@ -22,8 +22,8 @@ Nothing here needs more than names and whole files, so that it works where littl
 * What the server's clock is too coarse to tell apart (NFS 3: two changes of a directory within some milliseconds) may
   stay unseen until the next change in that directory. Pages that beat are such changes; a minute is the most.
 
-Nothing is synced. All that a sync adds is that a page survives a power cut, and no process of the run that could read it
-does. A page that a power cut left half written is told by its hash, and counts as not there.
+Nothing is synced. All that a sync adds is that a page survives a power cut, and the run that it was written for does
+not. A page that a power cut left half written is told by its hash, and counts as not there.
 
 A writer that is killed leaves a draft behind. Whoever listens removes the drafts that it saw a minute ago already. It
 need not know whether their writers live: one whose draft is gone writes another.
