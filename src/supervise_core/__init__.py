@@ -18,7 +18,7 @@ The floors of this package, from what users call down to what knows nothing; imp
      4   data_loop, flattening, manifest, snapshot
      3   data_stream, hookspecs, numpy_codec, safetensors_format, services
      2   boundary, looper, report, signals, tensors, watchdog
-     1   agreement, coordinator, data_source, lease, memory, retention, summaries, tagged_json, triggers
+     1   agreement, coordinator, data_source, file_board, lease, memory, retention, summaries, tagged_json, triggers
      0   board, clock, disk, errors, host, process_random, readiness
 
 Floors 12 to 17 are the road of a run and its loop; 11 saves and recovers; 4 to 10 are state in memory, checkpoints on

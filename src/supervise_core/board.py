@@ -7,17 +7,34 @@ between pages.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Final
+
+_PAGE: Final = re.compile(r"[A-Za-z0-9-]{1,100}(?:/[A-Za-z0-9-]{1,100})*")
+_LONGEST: Final = 200
+
+
+def check_page(page: str) -> str:
+    """The name, if a page may have it.
+
+    :raises ValueError: otherwise.
+    """
+    if len(page) > _LONGEST or not _PAGE.fullmatch(page):
+        raise ValueError(f"{page!r} is not the name of a page: letters, digits, '-', and '/' between its words")
+    return page
 
 
 class Board(ABC):
     """Pages by name. A name is made of letters, digits, ``-``, and ``/`` between its words (``beat/12``).
 
+    ``beat`` and ``beat/12`` may both be there. A word has 100 characters at most, a name 200.
+
     All methods may be called by several threads at once; one that waits keeps no other from its call.
 
     What the place of the pages answers in the way of errors (``OSError``, ``RuntimeError`` of a lost server) is raised
-    as a ``ConnectionError``.
+    as a ``ConnectionError``, and so is every call after ``close``. A name that no page may have is a ``ValueError``.
     """
 
     location: str

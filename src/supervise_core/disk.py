@@ -98,7 +98,7 @@ class Disk:
             os.close(descriptor)
 
     def close(self, descriptor: int) -> None:
-        """Let go of a file that was created."""
+        """Let go of a file that was created or looked up."""
         os.close(descriptor)
 
     def sync_directory(self, path: Path) -> None:
@@ -154,6 +154,13 @@ class Disk:
     def size(self, path: Path) -> int:
         """The size of a file in bytes."""
         return os.lstat(path).st_size
+
+    def look_up(self, name: str | Path, within: int | None = None, *, directory: bool = False) -> int:
+        """Open for reading what has that name in an open directory (None: a path); a descriptor.
+
+        Links are not followed.
+        """
+        return os.open(name, _READ_FLAGS | (os.O_DIRECTORY if directory else 0), dir_fd=within)
 
     def open_directory(self, path: Path, wanted: Callable[[str], bool] | None = None) -> OpenDirectory:
         """Hold a directory and its files (those wanted) open, so that what is there now can be read to the end."""

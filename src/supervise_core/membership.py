@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from numbers import Integral
 
@@ -9,6 +10,7 @@ from supervise_core.agreement import StepAgreement
 from supervise_core.board import Board
 from supervise_core.chief import Chief
 from supervise_core.clock import Clock
+from supervise_core.file_board import FileBoard
 from supervise_core.host import Host
 from supervise_core.member import Hearing, Member, Patience, Roll
 from supervise_core.worker import Worker
@@ -90,6 +92,33 @@ class LocalMembership(Membership):
 
     def connect(self, clock: Clock) -> Board:
         raise NotImplementedError("a run of one process has no board")
+
+
+class FileMembership(Membership):
+    """Members that meet in a directory which all of them see, by plain files; also on a network file system."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        rank: int,
+        size: int | None = None,
+        *,
+        synchronous: bool = False,
+        patience: Patience | None = None,
+        host: Host | None = None,
+    ) -> None:
+        """
+        :param directory: a place for this run alone; made if it is not there. The log directory will do.
+        :param rank: this process's number; the chief's is 0.
+        :param size: how many take part; needed only if they train in step.
+        :param synchronous: whether they make every step together.
+        :raises ValueError: if there can be no such place.
+        """
+        super().__init__(rank, size, synchronous=synchronous, patience=patience, host=host)
+        self.directory = os.fspath(directory)
+
+    def connect(self, clock: Clock) -> Board:
+        return FileBoard(os.path.join(self.directory, ".members"), clock=clock)
 
 
 def check_place(rank: object, size: object) -> None:

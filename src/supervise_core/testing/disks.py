@@ -46,7 +46,7 @@ class WatchedDisk(Disk):
         """Called before each changing call; whatever it raises, the call does not happen."""
 
     def about_to_read(self, method: str, path: Path) -> None:
-        """Called before ``open_directory``, and before ``read`` and ``read_into``, which are both called "read"."""
+        """Called before ``look_up`` and ``open_directory``, and ``read`` and ``read_into``, both called "read"."""
 
     def count(self, method: str) -> int:
         """How many changing calls of this kind there were."""
@@ -115,6 +115,10 @@ class WatchedDisk(Disk):
     def remove_directory(self, path: Path) -> None:
         self._before("remove_directory", path)
         super().remove_directory(path)
+
+    def look_up(self, name: str | Path, within: int | None = None, *, directory: bool = False) -> int:
+        self.about_to_read("look_up", Path(name))
+        return super().look_up(name, within, directory=directory)
 
     def open_directory(self, path: Path, wanted: Callable[[str], bool] | None = None) -> OpenDirectory:
         self.about_to_read("open_directory", path)
@@ -207,7 +211,8 @@ class FaultyDisk(WatchedDisk):
     def fail(self, error: int, at: int = 1, *, method: str | None = None, forever: bool = False) -> None:
         """From now on fail with this errno: the ``at``-th call of ``method`` (None: the ``at``-th changing call).
 
-        ``forever`` fails every later call of the kind as well. ``method`` may be ``"read"`` or ``"open_directory"``.
+        ``forever`` fails every later call of the kind as well. ``method`` may be ``"read"``, ``"look_up"`` or
+        ``"open_directory"``.
         """
         self._error, self._method, self._countdown, self._forever = error, method, at, forever
 
