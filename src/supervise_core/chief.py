@@ -183,7 +183,7 @@ class Chief(Member):
             self._looked_at = now
             ranks |= set(self._others()) | set(self._members)
         self._read(sorted(ranks))
-        self._read_facts(sorted(int(page.rpartition("/")[2]) for page in rung if page.startswith("fact/")))
+        self._read_facts(sorted({int(page.rpartition("/")[2]) for page in rung if not page.startswith("share/")}))
         if is_time:
             self._look_after_all()
 
@@ -195,11 +195,14 @@ class Chief(Member):
 
     def _read_facts(self, ranks: list[int]) -> None:
         for rank, content in zip(ranks, self._board.get([fact_page(rank) for rank in ranks]), strict=True):
-            if content is not None:
-                self._facts_of[rank] = Facts.from_bytes(content)
-                self._compare(rank, self._facts_of[rank])
+            page = self._members.get(rank)
+            if content is not None and page is not None and (facts := Facts.from_bytes(content)).token == page.token:
+                self._facts_of[rank] = facts
+                self._compare(rank, facts)
 
     def _heed(self, rank: int, page: MemberPage) -> None:
+        if page.chief != self.token:
+            return  # of an earlier run, or not yet aware of this one
         with self._lock:
             before = self._members.get(rank)
             if before is None or before.token != page.token:

@@ -100,10 +100,11 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class MemberPage:
-    """What a worker says. ``token`` is another one each time that it joins."""
+    """What a worker says. ``token`` is another one each time that it joins; ``chief`` is that of the chief it speaks to."""
 
     token: str
     owner: Identity
+    chief: str = ""
     round: int = 0
     earliest: int = 0
     """The answer to the question of ``round``."""
@@ -122,7 +123,7 @@ class MemberPage:
         data = _decode(content)
         try:
             return cls(
-                data["token"], Identity.from_json(data["owner"]),
+                data["token"], Identity.from_json(data["owner"]), data["chief"],
                 data["round"], data["earliest"], data["wishes"],
                 _optional(StopWish, data["stop"]), _optional(End, data["end"]),
             )  # fmt: skip

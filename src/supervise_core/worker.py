@@ -116,6 +116,7 @@ class Worker(Member):
             if self._lost is not None:
                 _log.info("the chief is back (%s)", describe(page.owner))
             self._lost = None
+            self._tell(chief=page.token, round=0)  # what was said to an earlier one counts no more
             if self._adopted not in (None, page.token) and self.roll.is_synchronous:
                 self._fail(
                     ChiefLostError("rank 0, the chief, was started anew while this rank trained with the old one")
