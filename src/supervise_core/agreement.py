@@ -122,6 +122,12 @@ class StepAgreement:
             self._resting = step
             self._due.clear()
 
+    def give_up(self) -> None:
+        """The chief has ended: a round that is open will not be decided. What was agreed on before still holds."""
+        with self._lock:
+            self._decided = max(self._decided, self._asked)
+            self._free.set()
+
     def release(self) -> None:
         """Nobody decides any more, as the run fails: hold the training thread no longer."""
         with self._lock:

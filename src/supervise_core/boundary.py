@@ -60,6 +60,8 @@ class Appointment:
         self.agree: Callable[[], bool] | None = None
         """Where several processes do it together: asks for that; whether there is anybody to agree with. What is due at
         a step is due for all of them at that step, and needs no agreement."""
+        self.skip: Callable[[int], None] | None = None
+        """Where several processes do it together: says that it is not done at a step at which all expect it."""
         self.approaching = False
         """Whether it is due at this boundary or the next one, so that values of this very step are wanted."""
         self.fired_by_time = False
@@ -71,6 +73,7 @@ class Appointment:
         self._lock = threading.Lock()
         self._requested = False
         self._granted = self._asked = False
+        self._resumes_at = 0.0
         self._acting = self._postponed = False
         self._warned = False
         self._rung: tuple[float | None, float] = None, 0.0
@@ -86,7 +89,8 @@ class Appointment:
         with self._lock:
             self._requested = False
             self._postponed = True
-            self.due = Due(seconds=self._boundary.clock.monotonic() + seconds)
+            self._resumes_at = self._boundary.clock.monotonic() + seconds
+            self.due = self._next()
         self._boundary.reschedule()
 
     def plan_again(self) -> None:
@@ -128,6 +132,11 @@ class Appointment:
         """
         with self._lock:
             if not self.is_due(step, now):
+                return
+            if self._postponed and not self._granted and now < self._resumes_at and self.skip is not None:
+                self._last = Firing(step, self._last.seconds, self._last.cost)
+                self.due = self._next()
+                self.skip(step)
                 return
             self.fired_by_time = not self._requested and (self.due.step is None or step < self.due.step)
             self._requested = self.approaching = self._postponed = False
@@ -183,7 +192,10 @@ class Appointment:
             self.beside()
 
     def _next(self) -> Due:
-        return Due() if self._trigger is None else self._trigger.next_due(self._last)
+        due = Due() if self._trigger is None else self._trigger.next_due(self._last)
+        if not self._postponed:
+            return due
+        return Due(step=due.step if self.skip is not None else None, seconds=self._resumes_at)
 
 
 class BoundaryMeeting(ABC):

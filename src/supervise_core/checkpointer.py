@@ -107,6 +107,7 @@ class Checkpointer:
         """Take saves from the appointment on."""
         self._appointment = appointment
         appointment.agree = self.agree
+        appointment.skip = None if self.agree is None else self._gathering.skip
         appointment.cost = self.cost
         appointment.plan_again()
 
@@ -284,7 +285,8 @@ class Checkpointer:
             self._coordinator.request_stop(error, source="service 'checkpoints'")
         elif self._appointment is not None:
             self._wanted = False
-            self._appointment.postpone(RETRY_AFTER[self._failures - 1])
+            if self._gathering.decides:
+                self._appointment.postpone(RETRY_AFTER[self._failures - 1])
         self._report.failed_saves += 1  # last: who sees it may count on the next try having its time
 
     def _commit(self, pending: PendingSave) -> float:

@@ -31,6 +31,9 @@ SHARES_WITHIN: Final = 600.0
 class Gathering:
     """What is added to a checkpoint besides the writer's own: here, nothing."""
 
+    decides = True
+    """Whether this process is the one that says when a save that failed is tried again."""
+
     def begin(self, draft: Draft, step: int) -> None:
         """A checkpoint is begun."""
 
@@ -40,6 +43,15 @@ class Gathering:
 
     def end(self, checkpoint: str | None, problem: str = "") -> None:
         """It is committed, or there will be none; safe to call more than once."""
+
+    def skip(self, step: int) -> None:
+        """No checkpoint is taken at a step at which it was due, as one has failed just now."""
+
+
+class AddingShares(Gathering):
+    """A worker's side: it adds, and has nothing to gather."""
+
+    decides = False
 
 
 class ShareGathering(Gathering):
@@ -72,6 +84,9 @@ class ShareGathering(Gathering):
         draft, self._open = self._open, None
         if draft is not None:
             self._chief.settle(draft, checkpoint, problem)
+
+    def skip(self, step: int) -> None:
+        self._chief.settle(self._chief.open_draft(step, ""), None, "it is put off, after one that failed")
 
 
 class ShareStore(CheckpointStore):

@@ -100,7 +100,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class MemberPage:
-    """What a worker says. ``token`` is another one each time that it joins; ``chief`` is that of the chief it speaks to."""
+    """What a worker says. ``token`` is another one each time it joins; ``chief`` is that of the chief it speaks to."""
 
     token: str
     owner: Identity

@@ -49,6 +49,8 @@ class Worker(Member):
         self._mine = MemberPage(self.token, self.identity)
         self._known: bytes | None = None
         self._chief: ChiefPage | None = None
+        self._stale: tuple[ChiefPage, bytes | None] | None = None
+        """A page that was there first, and may be of an earlier run; and the beat that was there with it."""
         self._lost: tuple[float, str] | None = None
         """Since when the chief is lost, and why."""
         self._facts: dict[str, Any] = {}
@@ -93,7 +95,8 @@ class Worker(Member):
     def lacking(self) -> str:
         chief, lost = self._chief, self._lost
         if chief is None:
-            return f"rank 0, the chief, has not come to {self._board.location}"
+            earlier = "" if self._stale is None else f" since rank 0 was process {describe(self._stale[0].owner)}"
+            return f"rank 0, the chief, has not come to {self._board.location}{earlier}"
         if lost is not None:
             return f"rank 0, the chief, is lost: {lost[1]}"
         return f"rank 0, the chief ({describe(chief.owner)})" + ("" if chief.ready else ", is not ready yet")
@@ -101,12 +104,27 @@ class Worker(Member):
     # ---- what it hears
 
     def _listen(self) -> None:
-        content = self._board.await_change(CHIEF, self._known, LISTEN_FOR)
-        if content != self._known:
-            self._known = content
-            if content is not None:
-                self._heed(ChiefPage.from_bytes(content))
+        before = self._known
+        content = self._known = self._board.await_change(CHIEF, before, LISTEN_FOR)
+        if content is not None and (content != before or self._stale is not None):
+            page = ChiefPage.from_bytes(content)
+            if self._is_of_this_run(page, before):
+                self._stale = None
+                if content != before or self._chief is None:
+                    self._heed(page)
         self._look_after_chief()
+
+    def _is_of_this_run(self, page: ChiefPage, before: bytes | None) -> bool:
+        """Whether a chief was seen to live: another run may have left its pages in the same place."""
+        if self._chief is not None or (before is not None and self._stale is None):
+            return True
+        if self._host.is_alive(page.owner):
+            return True
+        [beat] = self._board.get([beat_page(0)])
+        if self._stale is None:
+            self._stale = page, beat
+            return False
+        return self._stale[0] != page or self._stale[1] != beat
 
     def _heed(self, page: ChiefPage) -> None:
         with self._lock:
@@ -124,16 +142,17 @@ class Worker(Member):
                 return
         if page.stop is not None:
             self._hearing.stop(page.stop)
-        if page.end is not None:
-            self._heed_end(page.end)
         if page.decision is not None:
             self.agreement.decide(page.decision)
-        if page.round > self._mine.round:
+        if page.end is not None:
+            self._heed_end(page.end)
+        elif page.round > self._mine.round:
             self._tell(round=page.round, earliest=self.agreement.question(page.round))
 
     def _heed_end(self, end: End) -> None:
         if self._adopted is None:
             return
+        self.agreement.give_up()
         if end.kind == "failed":
             self._fail(MemberFailedError(end.rank, end.text))
         elif not self.roll.is_synchronous:
@@ -167,11 +186,12 @@ class Worker(Member):
             if stop():
                 raise SessionStateError(f"stopped while waiting for the chief's model: {self.lacking()}")
             with self._lock:
-                chief, lost = self._chief, self._lost
-                if chief is None:
-                    return None
-                if chief.end is not None:
+                stale = None if self._stale is None else self._stale[0]
+                chief, lost = self._chief or stale, self._lost
+                if chief is not None and chief.end is not None:
                     self._judge_end(chief, chief.end, began)
+                    return None
+                if chief is None or chief is stale:
                     return None
                 if lost is not None:
                     if self._clock.monotonic() - lost[0] > self._patience.comeback:
