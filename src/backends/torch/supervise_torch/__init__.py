@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from supervise_torch.backend import TorchBackend, TorchSession
     from supervise_torch.codec import TorchCodec
+    from supervise_torch.distributed import warm_up_ddp
 
-__all__ = ["TorchBackend", "TorchCodec", "TorchSession"]
+__all__ = ["TorchBackend", "TorchCodec", "TorchSession", "warm_up_ddp"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +17,10 @@ def __getattr__(name: str) -> Any:
         from supervise_torch.codec import TorchCodec
 
         return TorchCodec
+    if name == "warm_up_ddp":
+        from supervise_torch.distributed import warm_up_ddp
+
+        return warm_up_ddp
     if name in ("TorchBackend", "TorchSession"):
         from supervise_torch import backend
 
