@@ -163,7 +163,11 @@ class TorchBackend(Backend[TorchSession]):
             if isinstance(part, torch.nn.Module):
                 metadata[name] = {key: dict(entry) for key, entry in getattr(state, "_metadata", {}).items()}
             staging.put(name, state, self.codec)
-        own = {"global_step": session.steps, "metadata": metadata, "random": self.random_state(session)}
+        own: dict[str, Any] = {
+            "global_step": session.steps, "metadata": metadata, "random": self.random_state(session),
+        }  # fmt: skip
+        if not staging.keeps_shared_parts:  # what is counted in buffers, each rank has counted on its own batches
+            own["buffers"] = {name: _saved_buffers(module) for name, module in self._modules().items()}
         staging.put(_OWN_PART, own, self.codec, per_rank=True)
         return staging.snapshot()
 
@@ -196,6 +200,8 @@ class TorchBackend(Backend[TorchSession]):
                 if isinstance(part, torch.optim.Optimizer) and own["global_step"]:
                     part._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns that it goes first
         session.steps = own["global_step"]
+        for name, buffers in own.get("buffers", {}).items():
+            _put_buffers(self._parts[name], buffers)
         if parts[_OWN_PART].is_own:  # else it is the chief's, and every rank would draw the same
             self.set_random_state(session, own["random"])
 
@@ -333,6 +339,18 @@ def _own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def _saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    state = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}
+
+
+def _put_buffers(module: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in saved:
+                buffer.copy_(saved[name])
 
 
 def _lacks_values(tensor: torch.Tensor) -> str:
