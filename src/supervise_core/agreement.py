@@ -40,17 +40,29 @@ class Decision:
     stop: StopWish | None = None
 
 
+def _nothing(_: Decision) -> None:
+    return None
+
+
 class StepAgreement:
     """One member's side of it. ``question`` and ``decide`` come from the thread that hears the chief."""
 
-    def __init__(self, steps: Callable[[], int], ring: Callable[[], None], clock: Clock) -> None:
+    def __init__(
+        self,
+        steps: Callable[[], int],
+        ring: Callable[[], None],
+        clock: Clock,
+        decided: Callable[[Decision], None] = _nothing,
+    ) -> None:
         """
         :param steps: how many steps were made; asked while training runs.
         :param ring: has the training thread call ``pass_boundary`` at its next boundary.
+        :param decided: told of each decision, before the training thread is.
         """
         self._steps = steps
         self._ring = ring
         self._clock = clock
+        self._tell = decided
         self._lock = threading.Lock()
         self._free = threading.Event()
         self._free.set()
@@ -76,6 +88,7 @@ class StepAgreement:
 
     def decide(self, decision: Decision) -> None:
         """The step of a round is known; also to a member that was never asked, as it came later."""
+        self._tell(decision)
         with self._lock:
             if decision.round <= self._decided:
                 return

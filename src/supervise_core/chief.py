@@ -9,7 +9,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 from supervise_core.agreement import Decision, StopWish
-from supervise_core.errors import DisagreementError, MemberFailedError, MemberLostError, MembershipError
+from supervise_core.errors import (
+    DisagreementError,
+    MemberFailedError,
+    MemberLostError,
+    MembershipError,
+    ReadinessTimeoutError,
+    SessionStateError,
+)
 from supervise_core.member import LISTEN_FOR, Member, describe
 from supervise_core.pages import (
     CHIEF,
@@ -44,6 +51,8 @@ class Chief(Member):
         self._is_wished = False
         self._stop_wish: StopWish | None = None
         self._own_answer = 0
+        self._old_tokens: set[str] = set()
+        """Of pages that were there before: of earlier runs, or of workers that came first and will yet hear of it."""
         self._lost: set[int] = set()
         self._facts: dict[str, Any] = {}
         self._facts_of: dict[int, Facts] = {}
@@ -54,6 +63,8 @@ class Chief(Member):
     # ---- what it says
 
     def _first_words(self) -> None:
+        pages = self._board.get([member_page(rank) for rank in self._others()])
+        self._old_tokens = {MemberPage.from_bytes(content).token for content in pages if content is not None}
         self._looked_at = self._clock.monotonic() - _LOOK_AT_ALL_EVERY
         self._tell()
 
@@ -83,13 +94,41 @@ class Chief(Member):
         self._board.put(page, content)
 
     def announce(self, ready: Announcement) -> None:
-        """The model is ready: have the workers go on. From now on stops and checkpoints are those of all."""
+        """The model is ready: have the workers take it."""
+        self._tell(ready=ready)
+
+    def await_all(self, max_wait_secs: float, stop: Callable[[], bool]) -> None:
+        """Wait until all workers have the model, and begin; from then on stops and checkpoints are those of all.
+
+        :raises ReadinessTimeoutError: if one has not within ``max_wait_secs``; says which.
+        :raises MemberLostError: if one ended before.
+        :raises SessionStateError: when a stop is requested meanwhile.
+        """
+
+        def look() -> bool | None:
+            if stop():
+                raise SessionStateError(f"stopped while waiting for {self._names(self._absent())}")
+            with self._lock:
+                absent = self._absent()
+                gone = [rank for rank in absent if (page := self._members.get(rank)) and page.end]
+                if gone:
+                    raise MemberLostError(f"{self._names(gone)} ended before training began")
+                return None if absent else True
+
+        if self.await_news(look, max_wait_secs, "all ranks to have the model") is None:
+            raise ReadinessTimeoutError(
+                f"waited {max_wait_secs:g} s until all ranks have the model: {self._names(self._absent())}"
+            )
         with self._lock:
             self._is_training = True
-            self._tell(ready=ready)
+            self._tell(go=True)
+
+    def _absent(self) -> list[int]:
+        return [rank for rank in self._others() if (page := self._members.get(rank)) is None or not page.is_here]
 
     @property
-    def has_announced(self) -> bool:
+    def has_begun(self) -> bool:
+        """Whether all train."""
         return self._is_training
 
     def await_ready(self, max_wait_secs: float, stop: Callable[[], bool]) -> Announcement:
@@ -119,7 +158,7 @@ class Chief(Member):
         with self._lock:
             if self._mine.round > self._decided:
                 return self._names(self._unanswered())
-        return "nobody"
+            return self._names(self._absent())
 
     # ---- rounds
 
@@ -201,7 +240,8 @@ class Chief(Member):
                 self._compare(rank, facts)
 
     def _heed(self, rank: int, page: MemberPage) -> None:
-        if page.chief != self.token:
+        has_ended_unheard = page.end is not None and not page.chief and page.token not in self._old_tokens
+        if page.chief != self.token and not has_ended_unheard:
             return  # of an earlier run, or not yet aware of this one
         with self._lock:
             before = self._members.get(rank)

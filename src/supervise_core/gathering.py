@@ -63,7 +63,7 @@ class ShareGathering(Gathering):
         self._open: OpenDraft | None = None
 
     def begin(self, draft: Draft, step: int) -> None:
-        if self._chief.has_announced:
+        if self._chief.has_begun:
             self._open = self._chief.open_draft(step, draft.location)
 
     def complete(self, draft: Draft, written: Written) -> Written:

@@ -58,6 +58,8 @@ class Lifecycle(Generic[SessionT]):
             self.report.cause, self.report.exit_status = self.coordinator.cause, 1
             if isinstance(error, SessionStateError):
                 run.raise_signal_instead(error)
+                if (first := self.coordinator.errors[0].error) is not error and first is not None:
+                    raise first from error
             raise
         self._handled_at_open = sys.exception()
         self.run = run

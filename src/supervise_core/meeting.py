@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import Any, Final
 
-from supervise_core.agreement import StepAgreement, StopWish
+from supervise_core.agreement import Decision, StepAgreement, StopWish
 from supervise_core.boundary import BoundaryMeeting, StepBoundary, StepCounter
 from supervise_core.chief import Chief
 from supervise_core.coordinator import Coordinator, StopCause
@@ -25,6 +25,9 @@ OTHERS: Final = "the other processes of the run"
 """The source of an end that came from them in the midst of a step, and not by agreement."""
 
 _AGREED: Final = "an agreed stop"
+_MERCY: Final = 2.0
+"""Seconds after which a process that the others have given up is ended by its own timer."""
+
 _OVERDUE: Final = "the watchdog"
 
 
@@ -47,7 +50,7 @@ class Meeting(BoundaryMeeting):
         self._steps: StepCounter | None = None
         self._trains = False
         self._watchdog = Watchdog(grace, coordinator.clock, self._say_last_words)
-        self._agreement = StepAgreement(self._present_step, self._ring, coordinator.clock)
+        self._agreement = StepAgreement(self._present_step, self._ring, coordinator.clock, self._hear_decision)
 
     # ---- the way of a run
 
@@ -57,10 +60,14 @@ class Meeting(BoundaryMeeting):
         :raises ConnectionError: if the place where the members meet cannot be reached.
         """
         hearing = Hearing(self._stop_as, self._fail)
+        if self.membership.is_synchronous:
+            hearing.beat = lambda: self._watchdog.feed(self.membership.patience.silence + _MERCY)
         self.member = self.membership.join(self._agreement, hearing, self._coordinator.clock)
         if self.member is not None:
             self._coordinator.defer = self._hand_on
             self._coordinator.on_stop(self._watchdog.arm)
+            if (cause := self._coordinator.cause) is not None:  # it came before there was anybody to tell
+                self._hand_on(cause)
 
     @property
     def is_synchronous(self) -> bool:
@@ -83,21 +90,28 @@ class Meeting(BoundaryMeeting):
         :raises NotReadyError, MembershipError, SessionStateError: as nothing comes of it.
         """
         assert self.member is not None
-        ready = self.member.await_ready(max_wait_secs, self._coordinator.should_stop)
-        self._trains = True
-        return ready
+        return self.member.await_ready(max_wait_secs, self._coordinator.should_stop)
 
-    def begin(self, boundary: StepBoundary, steps: StepCounter, announcement: Announcement) -> None:
-        """The loop may begin, and with the chief's that of all others."""
+    def begin(
+        self, boundary: StepBoundary, steps: StepCounter, announcement: Announcement, max_wait_secs: float
+    ) -> None:
+        """The model is here: tell the others, and begin; where all train in step, when all have it.
+
+        :raises NotReadyError, MembershipError, SessionStateError: as nothing comes of it.
+        """
         if self.member is None:
             return
         self._steps, self._boundary = steps, boundary
-        if self.is_synchronous:
-            boundary.meeting = self
-            self._agreement.begin()
-        self._trains = True
         if self.chief is not None:
             self.chief.announce(announcement)
+        if self.is_synchronous:
+            boundary.meeting = self
+            if self.chief is not None:
+                self.chief.await_all(max_wait_secs, self._coordinator.should_stop)
+            if self.worker is not None:
+                self.worker.await_go(max_wait_secs, self._coordinator.should_stop)
+            self._agreement.begin()
+        self._trains = True
 
     def tell_failure(self, cause: StopCause) -> None:
         """This process fails in the midst of a step: the others are not to wait for it."""
@@ -163,6 +177,10 @@ class Meeting(BoundaryMeeting):
             self._boundary.ring()
 
     # ---- stops
+
+    def _hear_decision(self, decision: Decision) -> None:
+        if decision.stop is not None:
+            self._watchdog.arm(decision.stop.text)
 
     def _hand_on(self, cause: StopCause) -> bool:
         """A stop is asked for here: have all stop. Whether they will, at a step that is agreed on."""

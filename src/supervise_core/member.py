@@ -71,6 +71,8 @@ class Hearing:
     """Stop now."""
     fail: Callable[[MembershipError], None]
     """Another one failed, or is lost: the run cannot go on."""
+    beat: Callable[[], None] = lambda: None
+    """This process shows that it lives."""
 
 
 class Member(ABC):
@@ -179,6 +181,7 @@ class Member(ABC):
             self._to_say.clear()
             if self._clock.monotonic() >= beat_due:
                 self._beats += 1
+                self._hearing.beat()
                 beat_due = self._clock.monotonic() + beat_every
                 self._try(lambda: self._board.put(beat_page(self.roll.rank), b"%d" % self._beats))
             while (following := self._next_unsaid()) is not None:

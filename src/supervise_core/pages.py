@@ -105,6 +105,8 @@ class MemberPage:
     token: str
     owner: Identity
     chief: str = ""
+    is_here: bool = False
+    """Whether it has the chief's model."""
     round: int = 0
     earliest: int = 0
     """The answer to the question of ``round``."""
@@ -123,7 +125,7 @@ class MemberPage:
         data = _decode(content)
         try:
             return cls(
-                data["token"], Identity.from_json(data["owner"]), data["chief"],
+                data["token"], Identity.from_json(data["owner"]), data["chief"], data["is_here"],
                 data["round"], data["earliest"], data["wishes"],
                 _optional(StopWish, data["stop"]), _optional(End, data["end"]),
             )  # fmt: skip
@@ -138,6 +140,8 @@ class ChiefPage:
     token: str
     owner: Identity
     ready: Announcement | None = None
+    go: bool = False
+    """Whether all have the model, and the first step may be made."""
     round: int = 0
     """The last question."""
     decision: Decision | None = None
@@ -162,7 +166,7 @@ class ChiefPage:
         data = _decode(content)
         try:
             return cls(
-                data["token"], Identity.from_json(data["owner"]), _optional(Announcement, data["ready"]),
+                data["token"], Identity.from_json(data["owner"]), _optional(Announcement, data["ready"]), data["go"],
                 data["round"], _decision(data["decision"]), _optional(StopWish, data["stop"]),
                 _optional(OpenDraft, data["draft"]), tuple(Outcome(**outcome) for outcome in data["outcomes"]),
                 _optional(End, data["end"]),

@@ -14,6 +14,7 @@ from supervise_core.boundary import StepBoundary, StepCounter
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.coordinator import Coordinator, StopCause, stack_of
 from supervise_core.data_loop import DataLoop, RandomPort
+from supervise_core.errors import SessionStateError
 from supervise_core.gathering import ShareStore
 from supervise_core.lease import BEAT_EVERY
 from supervise_core.looper import Looper
@@ -90,7 +91,7 @@ class Run(Generic[SessionT]):
             self._open_events()
             self._prepare_saving()
             self._start_services(opening.start_standard_services)
-            self._meet_the_others()
+            self._meet_the_others(opening.max_wait_secs)
             self._home = road.pop_all()
             self._opened = True
         plan.hooks.call(
@@ -136,7 +137,7 @@ class Run(Generic[SessionT]):
         self.report.restored = recovery.restored
         self.report.set_aside = recovery.set_aside
 
-    def _meet_the_others(self) -> None:
+    def _meet_the_others(self, max_wait_secs: float) -> None:
         """The model is ready, and what it was begun with is on disk: the others may begin with the same."""
         if self.saver is not None:
             self.saver.checkpointer.drain()
@@ -145,12 +146,19 @@ class Run(Generic[SessionT]):
             known = self.report.restored
         self.meeting.state("the first step", self.report.first_step)
         self.meeting.state("save_every=", repr(self.plan.save_every))
-        self.meeting.begin(self.boundary, self.steps, Announcement(known, self.report.first_step))
+        announcement = Announcement(known, self.report.first_step)
+        try:
+            self.meeting.begin(self.boundary, self.steps, announcement, max_wait_secs)
+        except BaseException as error:
+            self._give_up(error)
+            raise
 
     def _leave_after_failure(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
+            is_stopped = isinstance(error, SessionStateError) and self.coordinator.should_stop()
             self.meeting.end(0)
-            self.meeting.leave(StopCause("the start of the session", error), None, 0)
+            failure = None if is_stopped else StopCause("the start of the session", error)
+            self.meeting.leave(failure, self.coordinator.cause, 0)
 
     def _place_boundary(self, road: ExitStack) -> None:
         backend, session = self.plan.backend, self.session
@@ -298,8 +306,8 @@ class Run(Generic[SessionT]):
             pause = min(2 * pause, _UNHEARD_AT_MOST)
 
     def _give_up(self, error: BaseException) -> None:
-        """A service could not be started: stop those that were."""
-        self.coordinator.request_stop(source=f"a service that could not be started ({type(error).__name__})")
+        """The start failed: stop the services that were started."""
+        self.coordinator.request_stop(source=f"a start that failed ({type(error).__name__})")
         self._stop_services(self.plan.grace, ())
         if self.saver is not None:
             self.saver.checkpointer.finish()

@@ -38,6 +38,13 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._has_timer = False
 
+    def feed(self, seconds: float) -> None:
+        """This process is alive, and is to be ended if it has not said so again within so many seconds: then something
+        holds the interpreter's lock, and the others have given it up."""
+        with self._lock:
+            if self._thread is None and not self._is_home.is_set():
+                self._set_timer(seconds)
+
     def arm(self, cause: object) -> None:
         """The grace period begins, unless it has already. From any thread."""
         with self._lock:
@@ -46,14 +53,19 @@ class Watchdog:
             self._thread = threading.Thread(
                 target=self._watch, args=(str(cause),), name="supervise-core watchdog", daemon=True
             )
-            stream = sys.__stderr__
-            if stream is not None:
-                try:
-                    faulthandler.dump_traceback_later(self._grace + _LAST_RESORT, exit=True, file=stream)
-                    self._has_timer = True
-                except (OSError, ValueError, RuntimeError) as error:  # a stream without a file, as in some notebooks
-                    _log.info("no timer for an interpreter whose lock is held: %s", error)
+            self._set_timer(self._grace + _LAST_RESORT)
         self._thread.start()
+
+    def _set_timer(self, seconds: float) -> None:
+        stream = sys.__stderr__
+        if stream is None:
+            return
+        try:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=stream)
+            self._has_timer = True
+        except (OSError, ValueError, RuntimeError) as error:  # a stream without a file, as in some notebooks
+            if not self._has_timer:
+                _log.debug("no timer for an interpreter whose lock is held: %s", error)
 
     def disarm(self) -> None:
         """The thread is home; safe to call twice."""

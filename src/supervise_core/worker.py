@@ -134,7 +134,7 @@ class Worker(Member):
             if self._lost is not None:
                 _log.info("the chief is back (%s)", describe(page.owner))
             self._lost = None
-            self._tell(chief=page.token, round=0)  # what was said to an earlier one counts no more
+            self._tell(chief=page.token, round=0, is_here=False)  # what was said to an earlier one counts no more
             if self._adopted not in (None, page.token) and self.roll.is_synchronous:
                 self._fail(
                     ChiefLostError("rank 0, the chief, was started anew while this rank trained with the old one")
@@ -210,6 +210,26 @@ class Worker(Member):
         if self._lost is not None:
             raise ChiefLostError(waited)
         raise ReadinessTimeoutError(waited)
+
+    def await_go(self, max_wait_secs: float, stop: Callable[[], bool]) -> None:
+        """Say that this worker has the model, and wait until all have it, where they train in step.
+
+        :raises ChiefLostError, ReadinessTimeoutError: as it says, within ``max_wait_secs``.
+        :raises SessionStateError: when a stop is requested meanwhile.
+        """
+        self._tell(is_here=True)
+
+        def look() -> bool | None:
+            if stop():
+                raise SessionStateError("stopped while waiting until all ranks have the model")
+            with self._lock:
+                chief = self._chief
+                if chief is not None and chief.end is not None:
+                    raise ChiefLostError(f"rank 0, the chief, ended before training began: {chief.end.text}")
+                return True if chief is not None and chief.go else None
+
+        if self.await_news(look, max_wait_secs, "all ranks to have the model") is None:
+            raise ReadinessTimeoutError(f"waited {max_wait_secs:g} s until all ranks have the model: {self.lacking()}")
 
     def _judge_end(self, chief: ChiefPage, end: End, began: float) -> None:
         """The end of a chief that was there before this worker may be that of an earlier run: another one may come."""
