@@ -58,8 +58,13 @@ class DataLoop:
         run_seed: int,
         saved: dict[str, Any] | None = None,
         declare: Callable[[str, Any], None] = _keep_to_oneself,
+        ranks: int = 1,
     ) -> None:
-        """``declare`` gets what must be the same in all processes that train in step, under a name."""
+        """``declare`` gets what must be the same in all processes that train in step, under a name.
+
+        ``ranks`` is how many share the data; a pass that was begun among another number is gone on with as its source
+        knows to.
+        """
         state: dict[str, Any] = saved or {}
         self.steps = steps
         self.boundary = boundary
@@ -75,7 +80,8 @@ class DataLoop:
         self._run_seed: int = state.get("run_seed", run_seed)
         self._epochs: dict[str, int] = dict(state.get("epochs", {}))
         self._resumed_epochs = set(self._epochs)
-        self._streams = {key: Stream(key, entry) for key, entry in state.get("streams", {}).items()}
+        self._ranks = ranks
+        self._streams = {key: Stream(key, entry, ranks=ranks) for key, entry in state.get("streams", {}).items()}
         self.counting: str | None = state.get("counting")
         self._epoch_random: RandomState | None = state.get("epoch_random")
         self._random_after: RandomState | None = None
@@ -100,7 +106,7 @@ class DataLoop:
         """A pass. In an epoch and outside of one a name means two streams: the end of an epoch is not the other's."""
         in_epochs = self._step_at_epoch is not None
         key = f"{name} in an epoch" if in_epochs else name
-        return Batches(self, data, self._streams.setdefault(key, Stream(key, inside=in_epochs)))
+        return Batches(self, data, self._streams.setdefault(key, Stream(key, inside=in_epochs, ranks=self._ranks)))
 
     def close(self) -> None:
         """The session ends: let go of the data, and of the processes that load it."""
@@ -249,7 +255,12 @@ class DataLoop:
             stream.passes += 1
             stream.handed = 0
         else:
-            source.start(stream.passes - 1, resuming["state"], resuming["consumed"])
+            going_on = stream.passes - 1, resuming["state"], resuming["consumed"]
+            saved = resuming.get("ranks", stream.ranks)
+            if saved == stream.ranks:
+                source.start(*going_on)
+            else:
+                source.start_among(*going_on, (saved, stream.ranks))
             stream.handed = resuming["consumed"]
             self._put_random_back()
         stream.source, stream.finished = source, False
@@ -423,7 +434,8 @@ class Batches(Iterator[Any]):
 
         :raises TypeError: if the data does not know.
         """
-        length = self._loop.length_of(self._data)
+        source = self.stream.source
+        length = source.length() if self.is_open and source is not None else self._loop.length_of(self._data)
         if length is None:
             raise TypeError("the data given to sv.batches has no len()")
         return max(0, length - (self.stream.handed if self.is_open else 0))

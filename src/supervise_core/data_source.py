@@ -23,6 +23,19 @@ class BatchSource(ABC):
         :raises DataPositionError: if the data does not fit the saved state.
         """
 
+    def start_among(self, number: int, state: Any, consumed: int, ranks: tuple[int, int]) -> None:
+        """As ``start``, with the ``state`` of a run on another number of ranks: ``(saved, now)``.
+
+        What was used of the data is then known only where all ranks draw from one order.
+
+        :raises DataPositionError: where that is not so, as for most sources.
+        """
+        saved, now = ranks
+        raise DataPositionError(
+            f"a pass over the data was begun on {saved} ranks, and there are {now} now; how to go on is only known "
+            "where all ranks share one order (a DistributedSampler); go on with as many ranks as before"
+        )
+
     @abstractmethod
     def draw(self) -> Any:
         """The next item.

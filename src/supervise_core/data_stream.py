@@ -11,9 +11,11 @@ from supervise_core.data_source import BatchSource
 class Stream:
     """All passes of one name: how many there were, and where the current one stands."""
 
-    def __init__(self, name: str, saved: dict[str, Any] | None = None, *, inside: bool = False) -> None:
+    def __init__(self, name: str, saved: dict[str, Any] | None = None, *, inside: bool = False, ranks: int = 1) -> None:
         state: dict[str, Any] = saved or {}
         self.name = name
+        self.ranks = ranks
+        """Among how many its passes are shared now; what is saved of one that is not gone on with yet may differ."""
         self.inside: bool = state.get("inside", inside)
         """Whether its passes are those of an epoch of ``sv.epochs``."""
         self.passes: int = state.get("passes", 0)
@@ -63,6 +65,7 @@ class Stream:
             current = {
                 "consumed": self.handed - unused,
                 "finished": finished,
+                "ranks": self.ranks,
                 "state": None if finished else self.source.state(),
             }
         in_epoch = self.in_epoch

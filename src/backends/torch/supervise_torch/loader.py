@@ -7,6 +7,7 @@ augmentation does not depend on the number of workers nor on where a run was cut
 state of the loop alone. Generators that a dataset keeps in its attributes are seeded in the same way. (Bare PyTorch
 seeds each worker once instead, and hands it a copy of those.) Generators given to a loader or a sampler are drawn from
 as usual, and their states at the beginning of the pass are saved; others that a sampler keeps are seeded for the pass.
+A ``DistributedSampler`` has rules of its own (``shares``), and each of its ranks fetches under seeds of its own.
 
 Other datasets and loaders are replayed: begun again, and drawn from up to the position.
 """
@@ -37,16 +38,15 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-from torch.utils.data.distributed import DistributedSampler
 
 from supervise_core.data_source import BatchSource, length_of
 from supervise_core.errors import DataPositionError
 from supervise_torch.random_state import cpu_random_state, generators_within, isolated_random, reseed
+from supervise_torch.shares import Share, share_going_on, share_of
 
 _PR_SET_PDEATHSIG: Final = 1
-_DRAWN_AT_ONCE: Final = (
-    RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler,
-)  # fmt: skip
+_DRAWN_AT_ONCE: Final = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+_SHARE: Final = "share"
 
 
 def derived_seed(*numbers: int) -> int:
@@ -64,28 +64,37 @@ class LoaderSource(BatchSource):
         self._generators: dict[str, bytes] = {}
         self._batches: Iterator[Any] = iter(())
         self._replays = isinstance(loader.dataset, IterableDataset)
+        self._share: Share | None = None
 
     def start(self, number: int, state: Any, consumed: int) -> None:
         seed = derived_seed(self._run_seed, number)
         if state is not None:
             self._set_generators(state)
+        self._share = None if self._replays else _share_of(self._loader, number, state, consumed)
         self._generators = {name: _state_of(generator) for name, generator in _generators_of(self._loader).items()}
         if self._replays:
             reseed(generators_within(self._loader.dataset), seed)
             self._batches = _Isolated(_Watched(_fresh_clone(self._loader, seed)), seed)
             _skip(self._batches, consumed)
             return
-        order = _Order(self._loader, seed)
+        order = _Order(self._loader, seed) if self._share is None else _SharedOrder(self._loader, seed, self._share)
         order.skip(consumed)
         self._batches = _clone_for(self._loader).begin(order, seed)
 
     def draw(self) -> Any:
         return next(self._batches)
 
+    def start_among(self, number: int, state: Any, consumed: int, ranks: tuple[int, int]) -> None:
+        if _SHARE not in state:
+            super().start_among(number, state, consumed, ranks)
+        self.start(number, state, consumed)
+
     def state(self) -> Any:
-        return self._generators
+        return self._generators if self._share is None else self._generators | {_SHARE: self._share.state()}
 
     def length(self) -> int | None:
+        if self._share is not None and self._share.after:
+            return self._share.after + len(_grouped(self._loader, self._share.indices()))
         return length_of(self._loader)
 
     def ends_with(self, error: BaseException) -> bool:
@@ -94,7 +103,7 @@ class LoaderSource(BatchSource):
     def close(self) -> None:
         self._batches = iter(())
 
-    def _set_generators(self, state: Mapping[str, bytes]) -> None:
+    def _set_generators(self, state: Mapping[str, Any]) -> None:
         for name, generator in _generators_of(self._loader).items():
             if name not in state:
                 raise DataPositionError(f"the loader has a generator ({name}) that it did not have when it was saved")
@@ -129,6 +138,20 @@ class _Order:
         seed = derived_seed(self._seed, self._number)
         self._number += 1
         return _Request(seed, indices)
+
+
+class _SharedOrder(_Order):
+    """What one rank asks for of an order that it shares with others."""
+
+    def __init__(self, loader: DataLoader[Any], seed: int, share: Share) -> None:
+        self._seed = derived_seed(seed, share.rank)
+        self._number = 0
+        self._before = share.after
+        self._indices = iter(_grouped(loader, share.indices()))
+
+    def skip(self, count: int) -> None:
+        super().skip(count - self._before)
+        self._number = count
 
 
 class _Request:
@@ -306,6 +329,19 @@ def _is_running(process: int) -> bool:
     except OSError:
         return False
     return state not in "ZX"
+
+
+def _share_of(loader: DataLoader[Any], number: int, state: Any, consumed: int) -> Share | None:
+    share = share_of(loader, number)
+    if share is None or state is None or _SHARE not in state:
+        return share
+    return share_going_on(share, state[_SHARE], consumed)
+
+
+def _grouped(loader: DataLoader[Any], indices: list[int]) -> list[Any]:
+    """The samples of each batch, as the loader's own batch sampler makes them up."""
+    batches: Any = loader.batch_sampler
+    return indices if batches is None else list(BatchSampler(indices, batches.batch_size, batches.drop_last))
 
 
 def _is_drawn_at_once(sampler: Any) -> bool:
