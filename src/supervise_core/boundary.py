@@ -288,9 +288,13 @@ class StepBoundary:
         now = self.clock.monotonic()
         fired = False
         for appointment in (*self._appointments, *self._last_appointments):
-            if appointment.is_due(step, now) and appointment.may_fire(step):
-                fired = True
-                self._fire(appointment, step, now)
+            if not appointment.is_due(step, now):
+                continue
+            if not appointment.may_fire(step):
+                self.due = True  # it may have become due only after the others could be asked here
+                continue
+            fired = True
+            self._fire(appointment, step, now)
         self._set_alarm(step)
         if fired:
             self._rescheduled.set()

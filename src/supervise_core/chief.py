@@ -52,7 +52,7 @@ class Chief(Member):
         self._stop_wish: StopWish | None = None
         self._own_answer = 0
         self._old_tokens: set[str] = set()
-        """Of pages that were there before: of earlier runs, or of workers that came first and will yet hear of it."""
+        """Of workers that had ended before this chief came: in an earlier run, as far as can be told."""
         self._lost: set[int] = set()
         self._facts: dict[str, Any] = {}
         self._facts_of: dict[int, Facts] = {}
@@ -63,8 +63,9 @@ class Chief(Member):
     # ---- what it says
 
     def _first_words(self) -> None:
-        pages = self._board.get([member_page(rank) for rank in self._others()])
-        self._old_tokens = {MemberPage.from_bytes(content).token for content in pages if content is not None}
+        contents = self._board.get([member_page(rank) for rank in self._others()])
+        pages = [MemberPage.from_bytes(content) for content in contents if content is not None]
+        self._old_tokens = {page.token for page in pages if page.end is not None}
         self._looked_at = self._clock.monotonic() - _LOOK_AT_ALL_EVERY
         self._tell()
 
@@ -110,7 +111,8 @@ class Chief(Member):
                 raise SessionStateError(f"stopped while waiting for {self._names(self._absent())}")
             with self._lock:
                 absent = self._absent()
-                gone = [rank for rank in absent if (page := self._members.get(rank)) and page.end]
+                pages = {rank: page for rank in absent if (page := self._members.get(rank)) is not None}
+                gone = [rank for rank, page in pages.items() if page.end and not page.stop]  # a stop is heard as such
                 if gone:
                     raise MemberLostError(f"{self._names(gone)} ended before training began")
                 return None if absent else True
@@ -120,8 +122,13 @@ class Chief(Member):
                 f"waited {max_wait_secs:g} s until all ranks have the model: {self._names(self._absent())}"
             )
         with self._lock:
-            self._is_training = True
-            self._tell(go=True)
+            wish = self._mine.stop
+            if wish is None:
+                self._is_training = True
+                self._tell(go=True)
+        if wish is not None:
+            self._hearing.stop(wish)
+            raise SessionStateError("stopped when all ranks had the model")
 
     def _absent(self) -> list[int]:
         return [rank for rank in self._others() if (page := self._members.get(rank)) is None or not page.is_here]
@@ -261,11 +268,13 @@ class Chief(Member):
             self._grant(page.stop)
 
     def _grant(self, wish: StopWish | None) -> None:
-        if self.roll.is_synchronous and self._is_training:
-            with self._lock:
+        with self._lock:
+            if self.roll.is_synchronous and self._is_training:
                 self._note_wish(wish)
-        elif wish is not None:
-            self._tell(stop=wish)
+                return
+            if wish is not None:
+                self._tell(stop=wish)
+        if wish is not None:
             self._hearing.stop(wish)
 
     def _look_after_all(self) -> None:

@@ -48,7 +48,6 @@ class Meeting(BoundaryMeeting):
         self._grace = grace
         self._boundary: StepBoundary | None = None
         self._steps: StepCounter | None = None
-        self._trains = False
         self._watchdog = Watchdog(grace, coordinator.clock, self._say_last_words)
         self._agreement = StepAgreement(self._present_step, self._ring, coordinator.clock, self._hear_decision)
 
@@ -111,7 +110,6 @@ class Meeting(BoundaryMeeting):
             if self.worker is not None:
                 self.worker.await_go(max_wait_secs, self._coordinator.should_stop)
             self._agreement.begin()
-        self._trains = True
 
     def tell_failure(self, cause: StopCause) -> None:
         """This process fails in the midst of a step: the others are not to wait for it."""
@@ -190,7 +188,7 @@ class Meeting(BoundaryMeeting):
         first = self._signals.first
         number = int(first) if first is not None and cause.source == f"signal {first.name}" else None
         heard = member.wish(StopWish(str(cause), self.membership.rank, number, cause.error is not None))
-        deferred = heard and self._trains and self.is_synchronous
+        deferred = heard and self.is_synchronous
         if deferred:
             self._watchdog.arm(cause)
         return deferred

@@ -78,10 +78,10 @@ class Worker(Member):
     def wish(self, stop: StopWish | None = None) -> bool:
         with self._lock:
             chief = self._chief
-            if chief is None or chief.end is not None or self._lost is not None:
-                return False
-            self._tell(wishes=self._mine.wishes + 1, stop=self._mine.stop or stop)
-            return True
+            is_heard = chief is not None and chief.end is None and self._lost is None
+            if is_heard or chief is None:  # one that comes yet finds it
+                self._tell(wishes=self._mine.wishes + 1, stop=self._mine.stop or stop)
+            return is_heard and (self._mine.is_here or not self.roll.is_synchronous)
 
     def tell_failure(self, text: str) -> None:
         self._tell(end=End("failed", text, 0, self.roll.rank))
@@ -129,12 +129,14 @@ class Worker(Member):
     def _heed(self, page: ChiefPage) -> None:
         with self._lock:
             before, self._chief = self._chief, page
-        if before is None or before.token != page.token:
+            is_another = before is None or before.token != page.token
+            if is_another:  # what was said to an earlier one counts no more
+                self._tell(chief=page.token, round=0, is_here=False)
+        if is_another:
             self._pulses.clear()
             if self._lost is not None:
                 _log.info("the chief is back (%s)", describe(page.owner))
             self._lost = None
-            self._tell(chief=page.token, round=0, is_here=False)  # what was said to an earlier one counts no more
             if self._adopted not in (None, page.token) and self.roll.is_synchronous:
                 self._fail(
                     ChiefLostError("rank 0, the chief, was started anew while this rank trained with the old one")
@@ -217,16 +219,24 @@ class Worker(Member):
         :raises ChiefLostError, ReadinessTimeoutError: as it says, within ``max_wait_secs``.
         :raises SessionStateError: when a stop is requested meanwhile.
         """
-        self._tell(is_here=True)
+        stopped = "stopped while waiting until all ranks have the model"
+        with self._lock:
+            wish = self._mine.stop
+            if wish is None:
+                self._tell(is_here=True)  # from now on the others count on it, and a stop is that of all
+        if wish is not None:
+            self._hearing.stop(wish)
 
         def look() -> bool | None:
             if stop():
-                raise SessionStateError("stopped while waiting until all ranks have the model")
+                raise SessionStateError(stopped)
             with self._lock:
                 chief = self._chief
-                if chief is not None and chief.end is not None:
+                if chief is not None and chief.go:
+                    return True  # also if it has ended since: it may have had no step to make
+                if chief is not None and chief.end is not None and chief.stop is None:  # a stop is heard as such
                     raise ChiefLostError(f"rank 0, the chief, ended before training began: {chief.end.text}")
-                return True if chief is not None and chief.go else None
+                return None
 
         if self.await_news(look, max_wait_secs, "all ranks to have the model") is None:
             raise ReadinessTimeoutError(f"waited {max_wait_secs:g} s until all ranks have the model: {self.lacking()}")
