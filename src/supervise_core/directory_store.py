@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -117,7 +117,7 @@ class DirectoryStore(CheckpointStore):
     def retire_damaged(self) -> None:
         names = self._disk.names(self.path / _SET_ASIDE)
         if names:
-            self._change(self._lease.make_findable)
+            self._lease.make_findable()
         for name in names:
             parcel = self._lease.directory / f"{_RETIRED}-{name}"
             self._change(self._disk.rename, self.path / _SET_ASIDE / name, parcel)
@@ -150,11 +150,10 @@ class DirectoryStore(CheckpointStore):
                 "Use another logdir, or supervise_tf's store=BundleStore(logdir), which keeps them as TensorFlow does."
             )
 
-    def _change(self, act: object, *paths: Path) -> None:
-        """One call that makes a change from or into the lease directory; if that is gone, we were replaced."""
-        assert callable(act)
+    def _change(self, act: Callable[..., object], *arguments: object) -> None:
+        """A call that works in, into or out of the lease directory; if it fails as that is gone, we were replaced."""
         try:
-            act(*paths)
+            act(*arguments)
         except OSError as error:
             if is_lost(error) and not self._disk.is_directory(self._lease.directory):
                 raise self._lease.lost() from error
@@ -167,11 +166,11 @@ class DirectoryStore(CheckpointStore):
         parcel = self._lease.directory / f"{where}-{name}"
         self._change(self._disk.make_directory, parcel)
         record = {"checkpoint": name, "reason": reason}
-        write_file(self._disk, parcel / _REASON, [json.dumps(record, indent=1).encode()])
-        self._disk.sync_directory(parcel)
-        self._change(self._lease.make_findable)
+        self._change(write_file, self._disk, parcel / _REASON, [json.dumps(record, indent=1).encode()])
+        self._change(self._disk.sync_directory, parcel)
+        self._lease.make_findable()
         self._take_out(checkpoint, parcel)
-        self._disk.sync_directory(parcel)
+        self._change(self._disk.sync_directory, parcel)
         self._deliver(parcel)
 
     def _take_out(self, checkpoint: CheckpointId, into: Path) -> None:
@@ -216,7 +215,7 @@ class DirectoryStore(CheckpointStore):
             for name in self._disk.names(leftover):
                 parcel = leftover / name
                 if name.startswith((_SET_ASIDE, _RETIRED)) and {*self._disk.names(parcel)} - {_REASON}:
-                    self._disk.sync_directory(parcel)
+                    self._change(self._disk.sync_directory, parcel)
                     self._deliver(parcel)
         if leftovers:
             self._make_moves_durable()
@@ -233,7 +232,7 @@ class DirectoryStore(CheckpointStore):
 
     def commit(self, draft: Path, checkpoint: CheckpointId, replaces: CheckpointId | None) -> CheckpointId:
         """Make a finished draft a checkpoint; for the draft alone."""
-        self._disk.sync_directory(draft)
+        self._change(self._disk.sync_directory, draft)
         if replaces is not None and self._exchange(draft, self.path / self.name_of(replaces)):
             self._disk.sync_directory(self.path)
             remove_tree(self._disk, draft)  # by this name it is now what was replaced
@@ -253,21 +252,11 @@ class DirectoryStore(CheckpointStore):
 
     def write(self, draft: Path, file: str, chunks: Iterable[Chunk]) -> None:
         """Write one durable file of a draft; for the draft alone."""
-        try:
-            write_file(self._disk, draft / file, chunks)
-        except FileNotFoundError as error:
-            if not self._disk.is_directory(self._lease.directory):
-                raise self._lease.lost() from error
-            raise
+        self._change(write_file, self._disk, draft / file, chunks)
 
     def write_blocks(self, draft: Path, file: str, pieces: Iterable[memoryview], size: int) -> None:
         """Write one durable file of a draft past the page cache; for the draft alone."""
-        try:
-            write_blocks(self._disk, draft / file, pieces, size)
-        except FileNotFoundError as error:
-            if not self._disk.is_directory(self._lease.directory):
-                raise self._lease.lost() from error
-            raise
+        self._change(write_blocks, self._disk, draft / file, pieces, size)
 
     def link(self, draft: Path, checkpoint: CheckpointId, files: Sequence[Link]) -> bool:
         """Give files of a checkpoint further names in a draft, all of them or none; for the draft alone."""
@@ -284,7 +273,7 @@ class DirectoryStore(CheckpointStore):
             if error.errno not in (errno.ENOENT, *_NO_LINKS):
                 raise
             for path in done:
-                self._disk.remove_file(path)
+                self._change(self._disk.remove_file, path)
             self._say_no_links(error)
             return False
         return True

@@ -21,6 +21,7 @@ import json
 import logging
 import secrets
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +37,7 @@ _FENCED: Final = "fenced-"
 _DRAFT: Final = "new-"
 _OWNER: Final = "owner.json"
 _BEAT: Final = "beat-"
+_ATTEMPTS: Final = 10
 _WITHDRAWAL: Final = 2.0  # seconds; one that sees another withdraws at once
 BEAT_EVERY: Final = 5.0
 """Seconds between two beats."""
@@ -75,10 +77,7 @@ class Lease:
         """
         if self._held is not None:
             raise LeaseHeldError(f"{self._logdir} is already being written by this very store")
-        ensure_directory(self._disk, self._work)
-        for name in self._leases():
-            self._take_away_if_dead(name)
-        mine = self._publish()
+        mine = self._publish_if_free()
         try:
             self._await_sole(mine)
         except BaseException:
@@ -98,8 +97,14 @@ class Lease:
             raise self.lost()
 
     def make_findable(self) -> None:
-        """Have the lease directory and the names in it survive a power cut, before anything dear is moved into it."""
-        self._disk.sync_directory(self.directory)
+        """Have the lease directory and the names in it survive a power cut, before anything dear is moved into it.
+
+        :raises LeaseLostError: if another writer has taken over.
+        """
+        try:
+            self._disk.sync_directory(self.directory)
+        except FileNotFoundError:
+            raise self.lost() from None
         self._disk.sync_directory(self._work)
 
     def lost(self) -> LeaseLostError:
@@ -117,31 +122,61 @@ class Lease:
         previous, self._beats = self._beats, self._beats + 1
         following = self.directory / f"{_BEAT}{self._beats}"
         try:
-            self._disk.rename(self.directory / f"{_BEAT}{previous}", following)
+            try:
+                self._disk.rename(self.directory / f"{_BEAT}{previous}", following)
+            except FileNotFoundError:  # there is none after a beat that failed half way
+                write_file(self._disk, following, [])
         except FileNotFoundError:
-            self.check()
-            write_file(self._disk, following, [])
+            raise self.lost() from None
 
     def leftovers(self) -> list[Path]:
-        """Directories of writers that are no more, to be swept by the one who holds the lease."""
-        return [self._work / name for name in self._disk.names(self._work) if name.startswith((_FENCED, _DRAFT))]
+        """Directories of writers that are no more, now inside this one's own directory, to be swept.
+
+        :raises LeaseLostError: if another writer has taken over.
+        """
+        if found := self._abandoned(self._work):
+            self.make_findable()
+        for leftover in found:
+            self._gather(leftover)
+        return self._abandoned(self.directory)
+
+    def _abandoned(self, place: Path) -> list[Path]:
+        return [place / name for name in self._disk.names(place) if name.startswith((_FENCED, _DRAFT))]
+
+    def _gather(self, leftover: Path) -> None:
+        """Move it to where only this writer reaches it, and what its owner had gathered itself up beside it."""
+        gathered = self.directory / leftover.name
+        try:
+            self._disk.rename(leftover, gathered)
+        except FileNotFoundError:
+            self.check()
+            return  # its owner withdrew, or made a lease of its draft
+        for inner in self._abandoned(gathered):
+            self._gather(inner)
 
     def _leases(self) -> list[str]:
         return [name for name in self._disk.names(self._work) if name.startswith(_LEASE)]
+
+    def _publish_if_free(self) -> str:
+        for _ in range(_ATTEMPTS):
+            ensure_directory(self._disk, self._work)
+            for name in self._leases():
+                self._take_away_if_dead(name)
+            try:
+                return self._publish()
+            except FileNotFoundError:
+                pass  # a writer that came first has swept the draft; its lease is there, unless it has gone already
+        raise LeaseHeldError(f"{self._logdir} is written by others that come and go, or its '.work' is being removed")
 
     def _publish(self) -> str:
         token = secrets.token_hex(8)
         draft, name = self._work / f"{_DRAFT}{token}", f"{_LEASE}{token}"
         record = {"owner": self._host.identity().to_json(), "since": self._clock.time()}
         self._beats = 0
-        try:
-            self._disk.make_directory(draft)
-            write_file(self._disk, draft / _OWNER, [json.dumps(record).encode()])
-            write_file(self._disk, draft / f"{_BEAT}0", [])
-            self._disk.rename(draft, self._work / name)
-        except FileNotFoundError:  # swept by a writer that came first
-            others = self._leases()
-            raise LeaseHeldError(self._held_by(min(others, default=name))) from None
+        self._disk.make_directory(draft)
+        write_file(self._disk, draft / _OWNER, [json.dumps(record).encode()])
+        write_file(self._disk, draft / f"{_BEAT}0", [])
+        self._disk.rename(draft, self._work / name)
         return name
 
     def _await_sole(self, mine: str) -> None:
@@ -149,25 +184,25 @@ class Lease:
         never = threading.Event()
         while others := [name for name in self._leases() if name != mine]:
             if mine > min(others) or self._clock.monotonic() > deadline:
-                raise LeaseHeldError(self._held_by(min(others)))
+                record = self._record(min(others))
+                if record is not None:  # otherwise that one has gone meanwhile
+                    raise LeaseHeldError(self._held_by(record))
             self._clock.wait(never, 0.01)
         if mine not in self._leases():
             raise self.lost()
 
     def _withdraw(self, name: str) -> None:
         gone = self._work / f"{_FENCED}{name.removeprefix(_LEASE)}"
-        try:
+        with suppress(FileNotFoundError):  # taken away, or a new writer is sweeping it
             self._disk.rename(self._work / name, gone)
-        except FileNotFoundError:
-            return  # taken away; the new writer sweeps it
-        for entry in self._disk.names(gone):
-            if entry.startswith((_OWNER, _BEAT)):
-                self._disk.remove_file(gone / entry)
-        try:
-            self._disk.remove_directory(gone)
-        except OSError as error:  # what a failing disk left half done in it, may be evidence; the next start knows
-            if error.errno != errno.ENOTEMPTY:
-                raise
+            for entry in self._disk.names(gone):
+                if entry.startswith((_OWNER, _BEAT)):
+                    self._disk.remove_file(gone / entry)
+            try:
+                self._disk.remove_directory(gone)
+            except OSError as error:  # what a failing disk left half done in it, may be evidence; the next start knows
+                if error.errno != errno.ENOTEMPTY:
+                    raise
 
     def _take_away_if_dead(self, name: str) -> None:
         record = self._record(name)
@@ -179,19 +214,19 @@ class Lease:
         except (KeyError, TypeError, ValueError):  # unreadable: only its beat can tell
             alive = None
         if alive is None:
-            alive = self._beats_on(name)
+            alive = self._beats_on(name, record)
         if alive:
-            raise LeaseHeldError(self._held_by(name))
+            raise LeaseHeldError(self._held_by(record))
         try:
             self._disk.rename(self._work / name, self._work / f"{_FENCED}{name.removeprefix(_LEASE)}")
         except FileNotFoundError:
             return  # another one took it away
         _log.info("took %s over from a writer that is no more (%s)", self._logdir, _describe(record))
 
-    def _beats_on(self, name: str) -> bool:
+    def _beats_on(self, name: str, record: dict[str, Any]) -> bool:
         _log.warning(
             "%s; cannot see from here whether it lives, so watching its beat for %g s",
-            self._held_by(name),
+            self._held_by(record),
             self._patience,
         )
         first = self._beat_of(name)
@@ -209,7 +244,7 @@ class Lease:
     def _record(self, name: str) -> dict[str, Any] | None:
         """The owner's record; an empty one if it cannot be understood; None if the lease is gone."""
         try:
-            directory = self._disk.open_directory(self._work / name)
+            directory = self._disk.open_directory(self._work / name, lambda file: file == _OWNER)  # beats come and go
         except FileNotFoundError:
             return None
         try:
@@ -220,16 +255,16 @@ class Lease:
             directory.close()
         return record if isinstance(record, dict) else {}
 
-    def _held_by(self, name: str) -> str:
+    def _held_by(self, record: dict[str, Any]) -> str:
         return (
-            f"{self._logdir} is already being written by {_describe(self._record(name) or {})}. "
+            f"{self._logdir} is already being written by {_describe(record)}. "
             "Stop that one first, or use another logdir."
         )
 
 
 def is_lost(error: OSError) -> bool:
     """Whether a rename into or out of the lease directory failed because that directory is not there."""
-    return error.errno in (errno.ENOENT, errno.ENOTDIR)
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def _describe(record: dict[str, Any]) -> str:
