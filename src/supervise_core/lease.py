@@ -8,6 +8,10 @@ fails: the directory that it names is not there. Tokens are random and never use
 Two that come at the same moment both appear and then look around; each sees the other, unless one looked before the
 other appeared. Whoever sees another withdraws, except the one with the smallest token, who waits for them to do so.
 
+What is left of earlier writers is swept by the next one, which first moves it into its own directory. Where it was,
+others may still reach it: one that withdraws empties its directory itself, one that comes fills a draft, and a writer
+that was replaced in the middle of its sweep would go on with it. Whoever finds its draft swept looks around anew.
+
 Whether an owner lives is known at once on its own machine (boot, process namespace, pid, start time of the process).
 From another machine it is known by its beat: the owner writes a counter every few seconds, and it counts as dead when
 the counter stood still for ``patience`` seconds of the *watcher's* own monotonic clock. No two clocks are compared.
@@ -74,6 +78,7 @@ class Lease:
         """Become the writer.
 
         :raises LeaseHeldError: if another one lives; says who and since when.
+        :raises LeaseLostError: if this one was taken for dead meanwhile, and replaced.
         """
         if self._held is not None:
             raise LeaseHeldError(f"{self._logdir} is already being written by this very store")
@@ -263,7 +268,10 @@ class Lease:
 
 
 def is_lost(error: OSError) -> bool:
-    """Whether a rename into or out of the lease directory failed because that directory is not there."""
+    """Whether a call in, into or out of the lease directory may have failed because that directory is not there.
+
+    ESTALE is what a network file system says whose client had it open.
+    """
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 

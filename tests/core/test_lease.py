@@ -164,6 +164,30 @@ def test_many_at_once_and_one_of_them_wins(world: World) -> None:
         assert not [name for name in world.work() if name.startswith("lease-")]
 
 
+def test_a_beat_that_got_lost_is_made_anew(world: World) -> None:
+    lease = world.lease()
+    lease.acquire()
+    lease.beat()
+    next(lease.directory.glob("beat-*")).unlink()
+    lease.beat()
+    lease.beat()
+    assert [path.name for path in lease.directory.glob("beat-*")] == ["beat-3"]
+
+
+def test_a_directory_that_is_swept_all_the_time_is_given_up(world: World) -> None:
+    class Swept(HastyDisk):
+        """Somebody is quicker than every draft."""
+
+        def make_directory(self, path: Path) -> None:
+            super().make_directory(path)
+            if path.name.startswith("new-"):
+                path.rmdir()
+
+    with pytest.raises(LeaseHeldError, match="come and go"):
+        world.lease(disk=Swept()).acquire()
+    assert world.work() == []
+
+
 def test_nothing_is_written_without_the_lease(world: World) -> None:
     with pytest.raises(LeaseLostError, match="is not held"):
         _ = world.lease().directory

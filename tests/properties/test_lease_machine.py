@@ -628,7 +628,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.world.time.pass_on(seconds)
 
 
-@pytest.mark.campaign(small=150, soak=5000)
+@pytest.mark.campaign(small=100, soak=5000)
 def test_lease_machine(count: int, seed: int) -> None:
     with on_one_processor():
         run_state_machine_as_test(

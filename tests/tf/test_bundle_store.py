@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import shutil
@@ -31,6 +33,7 @@ from supervise_core.errors import (  # noqa: E402
 from supervise_core.manifest import MANIFEST, Manifest  # noqa: E402
 from supervise_core.staging import Staging  # noqa: E402
 from supervise_core.testing.hosts import FakeHost, FakeMachine  # noqa: E402
+from supervise_core.testing.interleaving import Actor, Time  # noqa: E402
 from supervise_tf.bundle import BundleWriter  # noqa: E402
 from supervise_tf.bundle_files import BundleDraft, BundleReader  # noqa: E402
 from supervise_tf.bundle_store import BundleStore  # noqa: E402
@@ -65,6 +68,10 @@ class Place:
 
     def kill(self, store: BundleStore) -> None:
         self.processes[store].die()
+
+    def contents(self) -> dict[str, bytes]:
+        """The files that are there, but for those in the folder of writers."""
+        return {path.name: path.read_bytes() for path in self.logdir.iterdir() if path.is_file()}
 
     def names(self) -> list[str]:
         """All that is there, but for the folder of writers."""
@@ -313,6 +320,40 @@ def test_a_writer_that_was_replaced_changes_nothing_more(store: BundleStore, pla
     assert listed(other) == ["model.ckpt-1"]
     assert value_of(other, "model.ckpt-1") == 1.0
     save(other, 2)
+
+
+@pytest.mark.parametrize("act", ["a new step", "state alone"])
+def test_a_writer_that_is_frozen_at_any_call_of_a_commit_does_it_or_says_why_not(tmp_path: Path, act: str) -> None:
+    for calls in itertools.count():
+        place = Place(tmp_path / str(calls))
+        actor = Actor(Time())
+        store = place.store(disk=actor.disk)
+        store.acquire()
+        save(store, 1)
+        if act == "a new step":
+            draft, manifest = begin(store, CheckpointId(3))
+            actor.begin(functools.partial(draft.commit, manifest))
+        else:
+            draft, manifest = begin(store, CheckpointId(1, 1), note=5)
+            actor.begin(functools.partial(draft.commit, manifest, CheckpointId(1)))
+        for _ in range(calls):
+            if actor.busy:
+                actor.step()
+        ended = not actor.busy
+        place.kill(store)
+        other = place.store()
+        other.acquire()
+        there = place.contents()
+        actor.finish()
+        assert place.contents() == there
+        if act == "a new step":
+            done = "model.ckpt-3" in listed(other)
+        else:
+            done = content_of(other, "model.ckpt-1").parts["tf"].tree() == {"note": 5}
+        assert isinstance(actor.error, LeaseLostError) or (actor.error is None and done), calls
+        actor.kill()
+        if ended:
+            break
 
 
 # ---- other layouts

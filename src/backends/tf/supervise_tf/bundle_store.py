@@ -135,7 +135,7 @@ class BundleStore(DirectoryStore, DraftStore):
             name = self.name_of(replaces)
             adopted = MANIFEST not in endings_of(name, self._disk.names(self.path))
             for ending in (META, MANIFEST) if adopted else (MANIFEST,):
-                if f"{draft.name}.{ending}" in self._disk.names(draft.directory):
+                if f"{draft.name}.{ending}" in self._names_in(draft):
                     target = self.path / f"{name}.{ending}"
                     self._change(self._disk.rename, draft.directory / f"{draft.name}.{ending}", target)
                     self._disk.sync_directory(self.path)
@@ -143,7 +143,7 @@ class BundleStore(DirectoryStore, DraftStore):
             if adopted:
                 self._tell()
             return replaces
-        endings = endings_of(draft.name, self._disk.names(draft.directory))
+        endings = endings_of(draft.name, self._names_in(draft))
         for group in reversed(_in_order(endings)):
             for ending in group:
                 self._move(draft.directory, draft.name, ending)
@@ -178,6 +178,12 @@ class BundleStore(DirectoryStore, DraftStore):
                 f"{self.path} holds checkpoints as directories ({found}), and this run keeps them as TensorFlow does. "
                 "Use another logdir."
             )
+
+    def _names_in(self, draft: BundleDraft) -> list[str]:
+        """What a draft holds. To a writer that was replaced it would seem to hold nothing, which is soon moved."""
+        names = self._disk.names(draft.directory)
+        self._lease.check()
+        return names
 
     def _move(self, directory: Path, name: str, ending: str) -> None:
         self._change(self._disk.rename, directory / f"{name}.{ending}", self.path / f"{name}.{ending}")
