@@ -41,7 +41,7 @@ from supervise_core.testing.interleaving import (
 from supervise_core.testing.store_contract import FILE, manifest_of, write_checkpoint
 
 PATIENCE = 4 * BEAT_EVERY
-READING = frozenset({"names", "is_directory", "size", "open_directory", "sync_directory", "wait"})
+READING = frozenset({"names", "is_directory", "size", "look_up", "open_directory", "sync_directory", "wait"})
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from supervise_core.testing.disks import Crash
 
 CALLS: Final = frozenset({
     "make_directory", "create", "rename", "link", "exchange", "remove_file", "remove_directory", "sync_directory",
-    "names", "is_directory", "size", "open_directory",
+    "names", "is_directory", "size", "look_up", "open_directory",
 })  # fmt: skip
 """The calls that an actor stands still before. What is done to a file held open, nobody else can see or prevent."""
 
