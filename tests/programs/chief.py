@@ -48,7 +48,8 @@ class StoppingDisk(WatchedDisk):
         if fnmatch.fnmatch(str(path.relative_to(self.root)), self.freeze[1]):
             self.freeze = None
             say(frozen=method, held=any((self.root / ".work").glob("lease-*")))
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # to this very thread: of a signal to the process, another thread may be the first to hear
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 def say(**facts: Any) -> None:
