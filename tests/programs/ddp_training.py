@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch_training import Augmented, digest
 
 from supervise_core import EverySeconds, EverySteps, KeepLatest, Patience, Supervisor
-from supervise_torch import StoreMembership, TorchBackend, warm_up_ddp
+from supervise_torch import StoreMembership, TorchBackend, init_process_group, warm_up_ddp
 
 
 class Numbered(Augmented):
@@ -67,7 +67,7 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = options_from(sys.argv[1:])
-    dist.init_process_group("gloo")
+    init_process_group("gloo")
     rank = dist.get_rank()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from supervise_torch.backend import TorchBackend, TorchSession
     from supervise_torch.codec import TorchCodec
     from supervise_torch.distributed import warm_up_ddp
-    from supervise_torch.store_membership import StoreMembership
+    from supervise_torch.store_membership import StoreMembership, init_process_group
 
-__all__ = ["StoreMembership", "TorchBackend", "TorchCodec", "TorchSession", "warm_up_ddp"]
+__all__ = ["StoreMembership", "TorchBackend", "TorchCodec", "TorchSession", "init_process_group", "warm_up_ddp"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,10 +22,10 @@ def __getattr__(name: str) -> Any:
         from supervise_torch.distributed import warm_up_ddp
 
         return warm_up_ddp
-    if name == "StoreMembership":
-        from supervise_torch.store_membership import StoreMembership
+    if name in ("StoreMembership", "init_process_group"):
+        from supervise_torch import store_membership
 
-        return StoreMembership
+        return getattr(store_membership, name)
     if name in ("TorchBackend", "TorchSession"):
         from supervise_torch import backend
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
-from torch.distributed import Store
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from supervise_core.board import Board
@@ -76,6 +78,22 @@ class StoreMembership(Membership):
     def record_failure(self, error: BaseException) -> None:
         if self._error_file is not None and os.environ.get(_ERROR_FILE) == self._error_file:
             ErrorHandler().record_exception(error)  # which finds the file by the same variable
+
+
+def init_process_group(backend: str | None = None, **options: Any) -> None:
+    """As PyTorch's own, with the rank, size and store that torchrun tells of; also when torchrun starts ranks again.
+
+    torchrun keeps one store for all attempts, and PyTorch 2.13 looks there for its peers by the same names in each. So
+    ranks that were started again find the addresses of dead ones, and fail, or wait until they do. Here each attempt
+    has names of its own.
+
+    :raises ValueError: if a variable is not set, or makes no sense.
+    :raises ConnectionError: if the store is not there in time.
+    """
+    rank, size = (_number(os.environ, name) for name in ("RANK", "WORLD_SIZE"))
+    store, prefix = store_from_environment()
+    own = PrefixStore(f"{prefix}/process group", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, **options)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
