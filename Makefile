@@ -30,6 +30,7 @@ soak: $(DEV)/installed ## the campaigns (kills, flips, signals) at their full nu
 bench: $(DEV)/installed ## what supervision and saving cost, beside what they are measured against; half an hour
 	$(DEV)/bin/python -m benchmarks.costs
 	$(DEV)/bin/python -m benchmarks.saving
+	$(DEV)/bin/python -m benchmarks.boards
 
 overhead: $(DEV)/installed ## the share of a run that saving takes when it may take 3.5 %; ten minutes
 	$(DEV)/bin/python -m benchmarks.overhead

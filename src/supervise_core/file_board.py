@@ -17,8 +17,8 @@ Nothing here needs more than names and whole files, so that it works where littl
   before the rename. A page's file is never changed after that. ``ESTALE`` (replaced between the look-up of its name and
   the opening) is no more than a reason to look again.
 * The rename is not quite one instant when somebody on the writer's machine has the old page open: that machine first
-  renames the old file, to keep it for its reader. So a page that was there is looked for again, for some tens of
-  milliseconds, before it counts as removed.
+  renames the old file, to keep it for its reader. So a page that was there is looked for again, four times in
+  a seventh of a second, before it counts as removed.
 * What the server's clock is too coarse to tell apart (NFS 3: two changes of a directory within some milliseconds) may
   stay unseen until the next change in that directory. Pages that beat are such changes; a minute is the most.
 
@@ -54,7 +54,7 @@ _GROWTH: Final = 1.5
 _SPREAD: Final = 0.1
 _SWEEP_EVERY: Final = 60.0
 _TRIES: Final = 8
-_LOOKS: Final = (0.01, 0.02, 0.04)
+_LOOKS: Final = (0.01, 0.02, 0.04, 0.08)
 """Seconds between two looks for a page that was there, or is not whole."""
 
 _SUFFIX: Final = ".page"  # no part of a name, so that the page "beat" and the directory of "beat/12" can both be there

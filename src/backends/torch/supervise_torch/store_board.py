@@ -434,11 +434,12 @@ def _connections_to(store: Store, patience: float) -> tuple[Callable[[], _Connec
     if isinstance(store, TCPStore):
         host, port = store.host, store.port
         return lambda: cast(_Connection, _client(host, port, patience)), f"store at {host}:{port}"
-    if not hasattr(store, "clone"):
+    anything: Any = store
+    if not hasattr(anything, "clone"):
         raise ValueError(
             f"this version of PyTorch has no second connection to a {type(store).__name__}; use a TCPStore"
         )
-    return store.clone, type(store).__name__
+    return anything.clone, type(store).__name__
 
 
 def _client(host: str, port: int, timeout: float) -> TCPStore:
