@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from .driving import Facts, Outcome, run
+from .driving import Facts, Outcome, started
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -24,7 +24,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def launch(kept: Path) -> Outcome:
     """One launch of four ranks that goes through all cases."""
-    outcome = run(PROGRAM, kept)
+    with started(PROGRAM, kept) as running:
+        outcome = running.end(240)
     assert outcome.status == 0, outcome.errors
     return outcome
 
@@ -55,7 +56,8 @@ def test_all_layouts_sum_alike_once_they_are_warm(launch: Outcome) -> None:
 
 
 def test_a_launch_of_its_own_goes_on_as_the_first_one_did(launch: Outcome, kept: Path) -> None:
-    again = run(PROGRAM, kept, "--resume")
+    with started(PROGRAM, kept, "--resume") as running:
+        again = running.end(240)
     assert again.status == 0, again.errors
     assert [facts["resumed"] for facts in again.said] == [case(launch, "plain")["whole"]]
 

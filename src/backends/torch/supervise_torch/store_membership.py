@@ -77,7 +77,21 @@ class StoreMembership(Membership):
 
     def record_failure(self, error: BaseException) -> None:
         if self._error_file is not None and os.environ.get(_ERROR_FILE) == self._error_file:
-            ErrorHandler().record_exception(error)  # which finds the file by the same variable
+            _record(error)
+
+
+def _record(error: BaseException) -> None:
+    """Have PyTorch write the error to the file that the variable names.
+
+    With it goes the traceback of the error that is being handled at the time, so this one has to be that.
+    """
+    trace, context = error.__traceback__, error.__context__
+    try:
+        raise error
+    except BaseException:
+        ErrorHandler().record_exception(error)
+    finally:
+        error.__traceback__, error.__context__ = trace, context
 
 
 def init_process_group(backend: str | None = None, **options: Any) -> None:
