@@ -16,11 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from benchmarks.timing import fresh_process, interleaved, per_call, show
 from supervise_core import EverySeconds, Supervisor
 
 SHOULD_STOP_PER_IS_SET = 4.0
+WITH_OTHERS_PER_ALONE = 2.0
 SCALARS_SECONDS = 1e-6
 IMPORT_SECONDS = 0.1
 BACKENDS_SECONDS = 0.3
@@ -30,7 +32,7 @@ _NEVER = EverySeconds(86_400)
 
 def main() -> int:
     """Measure everything; 0 if all is within its limits."""
-    results = [loop_costs(), starting_costs()]
+    results = [loop_costs(), membership_costs(), starting_costs()]
     if importlib.util.find_spec("torch") is not None:
         results.append(loader_costs())
     return 0 if all(results) else 1
@@ -95,6 +97,49 @@ def loop_costs() -> bool:
     added = found["batches"] - found["bare"]
     show("    so an item of sv.batches costs", added, f"{added / found['is_set']:.0f} × is_set")
     return all(fine)
+
+
+def membership_costs() -> bool:
+    """``should_stop`` of a rank that trains in step with another one, beside that of a process alone."""
+    import numpy as np
+
+    from supervise_core import FileMembership
+    from supervise_numpy import ArrayBackend
+
+    print("the training loop of one rank of two, while nothing is due")
+    with tempfile.TemporaryDirectory() as shared, tempfile.TemporaryDirectory() as logdir:
+
+        def supervisor(directory: str, rank: int | None = None) -> Supervisor[Any]:
+            place = None if rank is None else FileMembership(shared, rank, 2, synchronous=True)
+            return Supervisor(
+                ArrayBackend({"w": np.zeros(10)}), directory,
+                membership=place, saver=None, summarize_every=_NEVER, signals=False,
+            )  # fmt: skip
+
+        is_measured = threading.Event()
+
+        def train_elsewhere() -> None:
+            with supervisor(shared, 1).managed_session():
+                is_measured.wait()
+
+        other = threading.Thread(target=train_elsewhere)
+        other.start()
+        alone, chief = supervisor(logdir), supervisor(shared, 0)
+        try:
+            with alone.managed_session() as first, chief.managed_session() as second:
+                for session, sv in ((first, alone), (second, chief)):
+                    session.global_step += 1
+                    sv.should_stop()
+                time.sleep(0.2)
+                found = interleaved({"alone": per_call(alone.should_stop), "two": per_call(chief.should_stop)})
+                is_measured.set()
+        finally:
+            is_measured.set()
+            other.join()
+    ratio = found["two"] / found["alone"]
+    show("sv.should_stop(), alone", found["alone"])
+    text = f"{ratio:.2f} × alone, limit {WITH_OTHERS_PER_ALONE:g} ×"
+    return show("sv.should_stop(), with another rank", found["two"], text, ratio <= WITH_OTHERS_PER_ALONE)
 
 
 def loader_costs() -> bool:
