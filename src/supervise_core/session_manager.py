@@ -206,7 +206,15 @@ class SessionManager(Generic[SessionT]):
             patience.pause(pause, _CHIEFS_MODEL, lost)
             pause = min(pause * 1.5, self._longest_poll)
 
-    def adopt_session(self, master: str, config: object, checkpoint: str | None, rank: int) -> SessionT:
+    def adopt_session(
+        self,
+        master: str,
+        config: object,
+        checkpoint: str | None,
+        rank: int,
+        max_wait_secs: float = 7200.0,
+        stop: StopSignal | None = None,
+    ) -> SessionT:
         """A session with the model that the chief of several processes has made ready: the same checkpoint, as this
         rank finds it; or initialised in the same way, where nothing is kept.
 
@@ -215,8 +223,9 @@ class SessionManager(Generic[SessionT]):
         :raises OSError: as the storage fails.
         """
         self.recovery = Recovery()
+        patience = _Patience.from_now(max_wait_secs, stop or self._stop)
         with ExitStack() as on_failure:
-            session = self._create(master, config, on_failure)
+            session = self._create(master, config, on_failure, patience)
             if checkpoint is None:
                 self._initialise(session)
             else:

@@ -85,7 +85,7 @@ class GraphBackend(Backend[Any]):
     # ---- sessions
 
     def shares_model(self, master: str) -> bool:
-        return bool(master)
+        return is_remote(master)
 
     def create_session(self, master: str = "", config: Any = None) -> Any:
         """A new session on that master: ``""`` in this process, ``"local"`` on a server in it, or a target.
