@@ -92,7 +92,8 @@ def _device_of_shared_state(graph: Any, variables: list[Any]) -> str | None:
 
 
 def _devices_with_job(variables: list[Any]) -> list[str]:
-    return [variable.device for variable in variables if "/job:" in (variable.device or "")]
+    devices = [variable.device or "" for variable in variables]
+    return [device for device in devices if "/job:" in device and "/job:localhost" not in device]
 
 
 def _build(graph: Any, device: str, variables: Any) -> None:
