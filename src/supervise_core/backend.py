@@ -85,6 +85,24 @@ class Backend(ABC, Generic[SessionT]):
 
     # ---- a backend may answer these in its own way
 
+    def peers(self, master: str = "", config: Any = None) -> Readiness:
+        """Whether all processes answer that a new session would wait for; if not, which do not. Asked repeatedly."""
+        return Ready()
+
+    def was_made_ready(self, session: SessionT, run: Callable[[], str]) -> bool:
+        """Whether the model lives on outside of this process, and a chief of this run has announced that it is ready.
+
+        ``run`` gives what tells this run from others.
+        """
+        return False
+
+    def announce_ready(self, session: SessionT, run: Callable[[], str] | None) -> None:
+        """Keep beside a model that lives outside of this process that a chief of this run has made it ready.
+
+        None takes that back, while it is initialised or restored. What is asked by ``ready`` looks at it.
+        """
+        return None
+
     def ready(self, session: SessionT) -> Readiness:
         """Whether the model can be trained; if not, what is missing, by name."""
         return Ready()

@@ -27,6 +27,10 @@ class CheckpointStore(ABC):
     format: CheckpointFormat = SafetensorsFormat()
     """What the files of its checkpoints look like."""
 
+    def identity(self) -> str:
+        """What tells this store from all others, also from one that was at the same place before."""
+        return self.location
+
     @property
     @abstractmethod
     def is_writer(self) -> bool:

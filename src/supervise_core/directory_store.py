@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +33,7 @@ _log = logging.getLogger(__name__)
 _SET_ASIDE: Final = "set-aside"
 _RETIRED: Final = "retired"
 _REASON: Final = "reason.json"
+_IDENTITY: Final = "identity"
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
 """What file systems answer that have no hard links, or not for this file, or not that many."""
 
@@ -124,6 +127,20 @@ class DirectoryStore(CheckpointStore):
             self._deliver(parcel)
 
     # ---- everybody
+
+    def identity(self) -> str:
+        """Drawn once by a writer, and gone with the directory; before that, its path."""
+        work = self.path / ".work"
+        if _IDENTITY in self._disk.names(work):
+            with closing(self._disk.open_directory(work)) as directory:
+                return self._disk.read(directory, _IDENTITY).decode()
+        if not self.is_writer:
+            return str(self.path.resolve())
+        drawn = secrets.token_hex(8)
+        draft = self._lease.directory / _IDENTITY
+        write_file(self._disk, draft, [drawn.encode()])
+        self._change(self._disk.rename, draft, work / _IDENTITY)
+        return drawn
 
     def checkpoints(self) -> list[CheckpointId]:
         matches = (self._pattern.fullmatch(name) for name in self._disk.names(self.path))

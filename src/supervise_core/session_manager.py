@@ -38,6 +38,7 @@ Resume = str | os.PathLike[str]
 
 _FIRST_POLL: Final = 0.01
 _SAY_EVERY: Final = 10.0
+_CHIEFS_MODEL: Final = "the chief's model"
 _MOST_OF_ONE_RUN: Final = 2
 """As the next, where the older one is what their run began with; a few come of a first step that takes long."""
 _MOST_PASSED_OVER: Final = 4
@@ -50,17 +51,48 @@ class Recovery:
 
     ran: list[str] = field(default_factory=list[str])
     restored: str | None = None
+    found_ready: bool = False
     content: CheckpointContent | None = None
     set_aside: dict[str, str] = field(default_factory=dict[str, str])
 
     def __str__(self) -> str:
         skipped = [name for name in ("init", "init_fn") if name not in self.ran]
+        if self.found_ready:
+            return f"the model was found ready, as it was left; not run: restore, {', '.join(skipped)}"
         if self.restored is not None:
             damaged = f" (set aside as damaged: {', '.join(self.set_aside)})" if self.set_aside else ""
             step = "" if self.content is None else f"step {self.content.manifest.step} from "
             return f"restored {step}{self.restored}{damaged}; not run: {', '.join(skipped)}"
         ran = [name for name in self.ran if name in ("init", "init_fn")]
         return f"nothing was restored; run: {', '.join(ran) or 'no initialisation'}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """How long is waited for something, since when, and what ends the wait early."""
+
+    seconds: float
+    stop: StopSignal
+    began: float
+
+    @classmethod
+    def from_now(cls, seconds: float, stop: StopSignal) -> _Patience:
+        return cls(seconds, stop, stop.clock.monotonic())
+
+    @property
+    def left(self) -> float:
+        return self.began + self.seconds - self.stop.clock.monotonic()
+
+    def pause(self, seconds: float, what: str, answer: NotReady) -> None:
+        """Wait for a moment before the next look at ``what``.
+
+        :raises ReadinessTimeoutError: if the time is up.
+        :raises SessionStateError: when a stop is requested meanwhile.
+        """
+        if (left := self.left) <= 0:
+            raise ReadinessTimeoutError(f"waited {self.seconds:g} s for {what}: {answer.reason}")
+        if self.stop.wait_for_stop(min(seconds, left)):
+            raise SessionStateError(f"stopped while waiting for {what}: {answer.reason}")
 
 
 class SessionManager(Generic[SessionT]):
@@ -102,7 +134,8 @@ class SessionManager(Generic[SessionT]):
         """A session with a model that is ready: restored, or else initialised (``init``, then ``init_fn``).
 
         Then ``ready_for_local_init`` is asked, ``local_init`` run, and ``ready`` asked. With ``wait_for_checkpoint``
-        somebody else puts the first checkpoint there, and it is waited for.
+        somebody else puts the first checkpoint there, and it is waited for. A model that lives outside of this process,
+        and which an earlier chief of this run has made ready, is taken as it is: newer than any checkpoint.
 
         :raises NotReadyError: if it is not ready after all that; says what is missing, by name.
         :raises ReadinessTimeoutError: if no checkpoint came within ``max_wait_secs``.
@@ -110,15 +143,13 @@ class SessionManager(Generic[SessionT]):
         :raises OSError: as the storage fails.
         """
         self.recovery = Recovery()
+        patience = _Patience.from_now(max_wait_secs, stop or self._stop)
         with ExitStack() as on_failure:
-            session = self._create(master, config, on_failure)
-            if wait_for_checkpoint:
-                self._await_checkpoint(max_wait_secs, stop or self._stop)
-            if not self._recover(session, resume):
-                self._initialise(session)
-            self._run_local_init(session)
-            if isinstance(answer := self._readiness(session), NotReady):
-                raise NotReadyError(f"the model is not ready: {answer.reason}. Done so far: {self.recovery}.")
+            session = self._create(master, config, on_failure, patience)
+            if not self._finds_ready(session, resume):
+                if wait_for_checkpoint:
+                    self._await_checkpoint(patience)
+                self._make_ready(session, resume)
             on_failure.pop_all()
             return session
 
@@ -136,10 +167,11 @@ class SessionManager(Generic[SessionT]):
         :raises CheckpointError: if there are checkpoints, and none can be restored.
         """
         self.recovery = Recovery()
+        patience = _Patience.from_now(max_wait_secs, self._stop)
         with ExitStack() as on_failure:
-            session = self._create(master, config, on_failure)
+            session = self._create(master, config, on_failure, patience)
             if wait_for_checkpoint:
-                self._await_checkpoint(max_wait_secs, self._stop)
+                self._await_checkpoint(patience)
             restored = self._recover(session, "auto")
             ready = isinstance(self._try_local_init(session), Ready) and restored
             if ready and isinstance(answer := self._readiness(session), NotReady):
@@ -157,17 +189,32 @@ class SessionManager(Generic[SessionT]):
     ) -> SessionT:
         """A session whose model somebody else makes ready; asked at first every 10 ms, later every second.
 
+        A session whose peers are lost meanwhile is replaced by a new one.
+
         :raises ReadinessTimeoutError: when ``max_wait_secs`` have passed; says what is missing.
         :raises SessionStateError: when a stop is requested meanwhile.
         """
         self.recovery = Recovery()
-        with ExitStack() as on_failure:
-            session = self._create(master, config, on_failure)
-            self._wait_until(lambda: self._adopt(session), "the chief's model", max_wait_secs, stop or self._stop)
-            on_failure.pop_all()
-            return session
+        patience = _Patience.from_now(max_wait_secs, stop or self._stop)
+        pause = _FIRST_POLL
+        while True:
+            try:
+                return self._wait_in_one_session(master, config, patience)
+            except self._backend.recoverable as error:
+                lost = NotReady(f"{type(error).__name__}: {error}")
+                _log.info("lost a peer while waiting for %s, so beginning again; %s", _CHIEFS_MODEL, lost.reason)
+            patience.pause(pause, _CHIEFS_MODEL, lost)
+            pause = min(pause * 1.5, self._longest_poll)
 
-    def adopt_session(self, master: str, config: object, checkpoint: str | None, rank: int) -> SessionT:
+    def adopt_session(
+        self,
+        master: str,
+        config: object,
+        checkpoint: str | None,
+        rank: int,
+        max_wait_secs: float = 7200.0,
+        stop: StopSignal | None = None,
+    ) -> SessionT:
         """A session with the model that the chief of several processes has made ready: the same checkpoint, as this
         rank finds it; or initialised in the same way, where nothing is kept.
 
@@ -176,8 +223,9 @@ class SessionManager(Generic[SessionT]):
         :raises OSError: as the storage fails.
         """
         self.recovery = Recovery()
+        patience = _Patience.from_now(max_wait_secs, stop or self._stop)
         with ExitStack() as on_failure:
-            session = self._create(master, config, on_failure)
+            session = self._create(master, config, on_failure, patience)
             if checkpoint is None:
                 self._initialise(session)
             else:
@@ -190,10 +238,42 @@ class SessionManager(Generic[SessionT]):
 
     # ---- steps
 
-    def _create(self, master: str, config: object, on_failure: ExitStack) -> SessionT:
+    def _wait_in_one_session(self, master: str, config: object, patience: _Patience) -> SessionT:
+        with ExitStack() as on_failure:
+            session = self._create(master, config, on_failure, patience)
+            self._wait_until(lambda: self._adopt(session), _CHIEFS_MODEL, patience)
+            on_failure.pop_all()
+            return session
+
+    def _create(self, master: str, config: object, on_failure: ExitStack, patience: _Patience) -> SessionT:
+        """A session, once all whom its creation would wait for answer."""
+        self._wait_until(lambda: self._backend.peers(master, config), "the tasks that the model needs", patience)
         session = self._backend.create_session(master, config)
         on_failure.callback(self._backend.close_session, session)
         return session
+
+    def _finds_ready(self, session: SessionT, resume: Resume) -> bool:
+        """Whether the model lives on as an earlier chief of this run made it, and is to be gone on with."""
+        store = self._store
+        if resume not in ("auto", "must") or (store is not None and store.preferred() is not None):
+            return False
+        if not self._backend.was_made_ready(session, self._identity) or isinstance(self._adopt(session), NotReady):
+            self.recovery = Recovery()
+            return False
+        self.recovery.found_ready = True
+        return True
+
+    def _identity(self) -> str:
+        return "" if self._store is None else self._store.identity()
+
+    def _make_ready(self, session: SessionT, resume: Resume) -> None:
+        self._backend.announce_ready(session, None)
+        if not self._recover(session, resume):
+            self._initialise(session)
+        self._run_local_init(session)
+        self._backend.announce_ready(session, self._identity)
+        if isinstance(answer := self._readiness(session), NotReady):
+            raise NotReadyError(f"the model is not ready: {answer.reason}. Done so far: {self.recovery}.")
 
     def _initialise(self, session: SessionT) -> None:
         operations = self._operations
@@ -240,34 +320,31 @@ class SessionManager(Generic[SessionT]):
         answer = self._try_local_init(session)
         return answer if isinstance(answer, NotReady) else self._readiness(session)
 
-    def _wait_until(self, check: Callable[[], Readiness], what: str, max_wait_secs: float, stop: StopSignal) -> None:
+    def _wait_until(self, check: Callable[[], Readiness], what: str, patience: _Patience) -> None:
         """Ask again and again, soon at first, until the answer is ready.
 
-        :raises ReadinessTimeoutError: when ``max_wait_secs`` have passed; says what is missing.
+        :raises ReadinessTimeoutError: if the time is up; says what is missing.
         :raises SessionStateError: when a stop is requested meanwhile.
         """
-        began = said = stop.clock.monotonic()
+        clock = patience.stop.clock
+        said = clock.monotonic()
         poll = min(_FIRST_POLL, self._longest_poll)
         while isinstance(answer := check(), NotReady):
-            now = stop.clock.monotonic()
-            left = began + max_wait_secs - now
-            if left <= 0:
-                raise ReadinessTimeoutError(f"waited {max_wait_secs:g} s for {what}: {answer.reason}")
-            if now - said >= _SAY_EVERY:
+            if (now := clock.monotonic()) - said >= _SAY_EVERY:
                 said = now
+                left = max(0.0, patience.left)
                 _log.info("waiting for %s, for %.0f more seconds at most: %s", what, left, answer.reason)
-            if stop.wait_for_stop(min(poll, left)):
-                raise SessionStateError(f"stopped while waiting for {what}: {answer.reason}")
+            patience.pause(poll, what, answer)
             poll = min(poll * 1.5, self._longest_poll)
 
     # ---- recovery
 
-    def _await_checkpoint(self, max_wait_secs: float, stop: StopSignal) -> None:
+    def _await_checkpoint(self, patience: _Patience) -> None:
         store = self._store
         if store is None or self._operations.load is None:
             raise NotReadyError("there is nothing to wait for: without a logdir and a saver no checkpoint is restored")
         missing = NotReady(f"there is no checkpoint in {store.location}")
-        self._wait_until(lambda: Ready() if store.checkpoints() else missing, "a checkpoint", max_wait_secs, stop)
+        self._wait_until(lambda: Ready() if store.checkpoints() else missing, "a checkpoint", patience)
 
     def _recover(self, session: SessionT, resume: Resume) -> bool:
         """Restore what is to be restored. What turns out to be damaged while it is loaded is put aside like the rest,

@@ -20,6 +20,7 @@ SHORT = {
     "06_tf1_supervisor.py": ["--steps", "60"],
     "07_tf_graph_backend.py": ["--epochs", "1"],
     "08_keras_custom_loop.py": ["--epochs", "1"],
+    "11_tf_cluster.py": ["--steps", "60"],
 }
 LONGER = {
     "01_minimal.py": ["--epochs", "4"],
@@ -29,6 +30,7 @@ LONGER = {
     "06_tf1_supervisor.py": ["--steps", "90"],
     "07_tf_graph_backend.py": ["--epochs", "2"],
     "08_keras_custom_loop.py": ["--epochs", "2"],
+    "11_tf_cluster.py": ["--steps", "90"],
 }
 NEEDS = {
     "01_minimal.py": "sklearn",
@@ -37,6 +39,7 @@ NEEDS = {
     "06_tf1_supervisor.py": "tensorflow",
     "07_tf_graph_backend.py": "tensorflow",
     "08_keras_custom_loop.py": "tensorflow",
+    "11_tf_cluster.py": "tensorflow",
 }
 
 

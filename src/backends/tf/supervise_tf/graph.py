@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Final
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from supervise_core.backend import Backend
 from supervise_core.errors import IncompatibleCheckpointError
 from supervise_core.parts import Parts
-from supervise_core.readiness import Readiness
+from supervise_core.readiness import Readiness, Ready
 from supervise_core.services import Service
 from supervise_core.snapshot import Snapshot
 from supervise_core.staging import Staging
 from supervise_tf.bundle import Key, shapes_of
 from supervise_tf.bundle_format import BundlePart
+from supervise_tf.cluster import Cluster, close, is_remote
 from supervise_tf.graph_operations import GraphOperations
 from supervise_tf.inputs import drawing_ops, inputs_of, is_end_of_input, is_end_of_session, placeholders_of
 from supervise_tf.queue_runners import QueueRunners
@@ -55,7 +56,11 @@ class GraphBackend(Backend[Any]):
     """
 
     name = "tf-graph"
-    recoverable: ClassVar[tuple[type[BaseException], ...]] = (tf.errors.AbortedError, tf.errors.UnavailableError)
+    recoverable: ClassVar[tuple[type[BaseException], ...]] = (
+        tf.errors.AbortedError,
+        tf.errors.UnavailableError,
+        tf.errors.CancelledError,  # what a step ends with at times when one of its tasks was restarted
+    )
     saves_beside_the_loop = True
 
     def __init__(self, graph: Any = None, *, operations: GraphOperations | None = None, **given: Any) -> None:
@@ -68,6 +73,7 @@ class GraphBackend(Backend[Any]):
             raise TypeError("pass operations=, or a graph and what is run in it, not both")
         self.operations = operations or GraphOperations.of(graph, **given)
         self._saved = _saved_tensors(self.operations)
+        self._cluster = Cluster(self.operations.graph)
         step = self.operations.global_step
         if step is not None:
             self.step_name = step.op.name
@@ -79,22 +85,30 @@ class GraphBackend(Backend[Any]):
     # ---- sessions
 
     def shares_model(self, master: str) -> bool:
-        return bool(master)
+        return is_remote(master)
 
     def create_session(self, master: str = "", config: Any = None) -> Any:
-        """A new session on that master: ``""`` in this process, ``"local"`` on a server in it, or a target."""
+        """A new session on that master: ``""`` in this process, ``"local"`` on a server in it, or a target.
+
+        One on a target sees the master's own task and those that the graph names, unless ``config`` has filters.
+        """
+        if is_remote(master):
+            return self._cluster.create(master, config)
         target = _local_server().target if master == "local" else master
         return tf.compat.v1.Session(target, graph=self.operations.graph, config=config)
 
+    def peers(self, master: str = "", config: Any = None) -> Readiness:
+        return self._cluster.answers(master, config) if is_remote(master) else Ready()
+
     def close_session(self, session: Any) -> None:
-        session.close()
+        close(session)
 
     def is_blocking(self, frame: FrameType) -> bool:
         return frame.f_code.co_filename == str(_SESSION_CODE)
 
     def free_threads(self, session: Any) -> None:
         """Close the session: whoever waits in ``session.run`` for a queue, say, is told that it was cancelled."""
-        session.close()
+        close(session)
 
     def is_clean_stop(self, error: BaseException) -> bool:
         return is_end_of_input(error)
@@ -113,6 +127,21 @@ class GraphBackend(Backend[Any]):
 
     def ready_for_local_init(self, session: Any) -> Readiness:
         return self.operations.ready_for_local_init(session)
+
+    # ---- a model that tasks of a cluster keep
+
+    def was_made_ready(self, session: Any, run: Callable[[], str]) -> bool:
+        announcement = self.operations.announcement
+        return announcement is not None and announcement.was_made_by(session, run)
+
+    def announce_ready(self, session: Any, run: Callable[[], str] | None) -> None:
+        announcement = self.operations.announcement
+        if announcement is None:
+            return
+        if run is None:
+            announcement.withdraw(session)
+        else:
+            announcement.make(session, run())
 
     def services(self) -> Sequence[Service]:
         """The queue runners of the graph."""
@@ -178,7 +207,9 @@ class GraphBackend(Backend[Any]):
             step = self._step_in(values, step)
             staging.put(VARIABLES, to_tree(values))
         staging.put(_OWN_PART, {"random": self.random_state(session)}, per_rank=True)
-        return staging.snapshot(step, consistent=self.global_step(session) == before)
+        # where many processes train one model, there is no moment at which all of it is of one step
+        shared = self.operations.announcement is not None
+        return staging.snapshot(step, consistent=shared or self.global_step(session) == before)
 
     def load(self, session: Any, parts: Parts) -> None:
         wanted = {_OWN_PART} if self._saved is None else {VARIABLES, _OWN_PART}

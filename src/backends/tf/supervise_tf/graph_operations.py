@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from supervise_core.readiness import NotReady, Readiness, Ready
+from supervise_tf.announcement import Announcement
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class GraphOperations:
     summary_op: Any
     saver: Any
     global_step: Any
+    announcement: Announcement | None = None
+    """Where the chief says that the model is ready, if a task of a cluster keeps it."""
 
     @classmethod
     def of(
@@ -58,9 +61,10 @@ class GraphOperations:
         :raises TypeError, ValueError: if the global step is no single integer.
         """
         graph = graph or tf.compat.v1.get_default_graph()
+        announcement = Announcement.of(graph)
         with graph.as_default():
             if ready_op is USE_DEFAULT:
-                ready_op = _first(_keys.READY_OP, tf.compat.v1.report_uninitialized_variables)
+                ready_op = _first(_keys.READY_OP, lambda: _new_ready_op(announcement))
             if ready_for_local_init_op is USE_DEFAULT:
                 ready_for_local_init_op = _first(_keys.READY_FOR_LOCAL_INIT_OP)
             if init_op is USE_DEFAULT:
@@ -76,7 +80,7 @@ class GraphOperations:
         check_global_step(global_step)
         return cls(
             graph, init_op, init_feed_dict, local_init_op, local_init_run_options, local_init_feed_dict,
-            ready_op, ready_for_local_init_op, summary_op, saver, global_step,
+            ready_op, ready_for_local_init_op, summary_op, saver, global_step, announcement,
         )  # fmt: skip
 
     def replace(self, **changes: Any) -> GraphOperations:
@@ -126,6 +130,13 @@ def _first(key: str, make: Callable[[], Any] = lambda: None) -> Any:
     if made is not None:
         tf.compat.v1.add_to_collection(key, made)
     return made
+
+
+def _new_ready_op(announcement: Announcement | None) -> Any:
+    uninitialised = tf.compat.v1.report_uninitialized_variables()
+    if announcement is None:
+        return uninitialised
+    return tf.concat([uninitialised, announcement.names_if_missing()], 0, name="not_ready")
 
 
 def _new_local_init_op() -> Any:

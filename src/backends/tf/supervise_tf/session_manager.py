@@ -15,6 +15,7 @@ from supervise_core.coordinator import StopSignal
 from supervise_core.errors import NotReadyError, ReadinessTimeoutError
 from supervise_core.operations import Operations
 from supervise_core.session_manager import Recovery, Resume
+from supervise_tf.announcement import Announcement
 from supervise_tf.bundle_store import BundleStore
 from supervise_tf.graph import GraphBackend, run_saved_model_initialisers
 from supervise_tf.graph_operations import GraphOperations
@@ -141,7 +142,12 @@ class SessionManager:
         if checkpoint_dir and checkpoint_file:
             raise ValueError("pass checkpoint_dir or checkpoint_filename_with_path, not both")
         own = self._operations
-        backend = GraphBackend(operations=own.replace(init_op=init_op, init_feed_dict=init_feed_dict, saver=saver))
+        backend = GraphBackend(
+            operations=own.replace(
+                init_op=init_op, init_feed_dict=init_feed_dict, saver=saver,
+                announcement=Announcement.found_in(own.graph),
+            )
+        )  # fmt: skip
         operations = Operations.of(
             backend,
             init=backend.init if init_op is not None else None,

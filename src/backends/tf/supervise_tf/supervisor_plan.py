@@ -213,6 +213,8 @@ class _Manager(supervise_core.SessionManager[Any]):
             init_feed_dict=operations.init_feed_dict, init_fn=self._init_fn,
         )  # fmt: skip
         self.recovery = getattr(self._given, "recovery", Recovery())
+        if not isinstance(self._given, SessionManager):
+            self._backend.announce_ready(session, str)
         return session
 
     def wait_for_session(
