@@ -33,6 +33,7 @@ _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
 
+_NOTHING: Final = ctypes.c_char * 0
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _mmap, _munmap, _mincore = _libc.mmap, _libc.munmap, _libc.mincore
 _mmap.restype = ctypes.c_void_p
@@ -311,12 +312,16 @@ def _read_direct(descriptor: int, at: int, buffers: Sequence[memoryview], wanted
     blocks = _blocks_of_this_thread(end - begin)
     there = os.preadv(descriptor, [blocks[: end - begin]], begin) - (at - begin)
     taken = min(wanted, max(0, there))
-    source, left = blocks[at - begin : at - begin + taken], taken
+    source, left = _address_of(blocks) + at - begin, taken
     for buffer in buffers:
         count = min(left, buffer.nbytes)
-        buffer[:count] = source[taken - left : taken - left + count]
+        ctypes.memmove(_address_of(buffer), source + taken - left, count)  # unlike a slice, it lets other threads run
         left -= count
     return taken
+
+
+def _address_of(view: memoryview) -> int:
+    return ctypes.addressof(_NOTHING.from_buffer(view))
 
 
 def _blocks_of_this_thread(nbytes: int) -> memoryview:
