@@ -12,8 +12,8 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from weakref import finalize
@@ -24,6 +24,9 @@ BLOCK: Final = 4096
 """What memory and sizes of direct writes are multiples of; enough for every disk in use."""
 
 _PIECE: Final = 16 << 20
+_DIRECT_PIECE: Final = 64 << 20
+"""What one direct write takes: as it ends, the disk has nothing to do until the next one begins."""
+
 _WORTH_DIRECT: Final = 1 << 20
 _HUGE: Final = 2 << 20
 _of_thread: Final = threading.local()
@@ -342,40 +345,84 @@ def _close_all(descriptors: list[int]) -> None:
 # ---- what is made of several calls
 
 
-def write_file(disk: Disk, path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
-    """Write a new file and make its content durable. Its name is durable once its directory is synced."""
-    descriptor = disk.create(path)
-    try:
+class Unsynced:
+    """Files that were written and are held open until they are made durable, all at once.
+
+    A file system writes its journal for each file that is made durable after something has changed: often enough that
+    it is felt, if each file is seen to before the next one is begun.
+    """
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._descriptors = list[int]()
+        self._finalizer = finalize(self, _close_all, self._descriptors)
+
+    def add(self, descriptor: int) -> None:
+        """Hold one more."""
+        self._descriptors.append(descriptor)
+
+    def sync(self) -> None:
+        """Make them durable in the order in which they came, and let go of them."""
+        while self._descriptors:
+            self._disk.sync(self._descriptors[0])
+            self._disk.close(self._descriptors.pop(0))
+
+    def close(self) -> None:
+        """Let go of them as they are; safe to call twice."""
+        while self._descriptors:
+            self._disk.close(self._descriptors.pop())
+
+
+def write_file(
+    disk: Disk, path: Path, chunks: Iterable[bytes | bytearray | memoryview], later: Unsynced | None = None
+) -> None:
+    """Write a new file and make its content durable, or leave that for ``later``.
+
+    Its name is durable once its directory is synced.
+    """
+    with _written(disk, disk.create(path), later) as descriptor:
         for chunk in chunks:
             disk.write(descriptor, chunk)
-        disk.sync(descriptor)
-    finally:
-        disk.close(descriptor)
 
 
-def write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int) -> None:
-    """Write a new file past the page cache and make its content durable.
+def write_blocks(
+    disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, later: Unsynced | None = None
+) -> None:
+    """As ``write_file``, but past the page cache.
 
     The pieces begin and end at blocks of ``BLOCK`` bytes; of the last one, what is beyond ``size`` bytes is cut off.
     That is the quickest way to the disk, and the only steady one: what goes through the page cache waits for whatever
     else is in it. Where the file system has no direct writes, it goes through the cache all the same.
     """
     try:
-        descriptor = disk.create(path, direct=True)
+        created = disk.create(path, direct=True)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        write_file(disk, path, cut_off(pieces, size))
+        write_file(disk, path, cut_off(pieces, size), later)
         return
-    try:
+    with _written(disk, created, later) as descriptor:
         disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
         for piece in pieces:
-            for begin in range(0, len(piece), _PIECE):
-                disk.write(descriptor, piece[begin : begin + _PIECE])
+            for begin in range(0, len(piece), _DIRECT_PIECE):
+                disk.write(descriptor, piece[begin : begin + _DIRECT_PIECE])
         disk.truncate(descriptor, size)
-        disk.sync(descriptor)
-    finally:
+
+
+@contextmanager
+def _written(disk: Disk, descriptor: int, later: Unsynced | None) -> Generator[int, None, None]:
+    """What is written inside is durable afterwards, or left for ``later``."""
+    try:
+        yield descriptor
+        if later is None:
+            disk.sync(descriptor)
+    except BaseException:
         disk.close(descriptor)
+        raise
+    if later is None:
+        disk.close(descriptor)
+    else:
+        later.add(descriptor)
 
 
 def cut_off(pieces: Iterable[memoryview], size: int) -> Iterator[memoryview]:

@@ -22,6 +22,7 @@ from training import Program
 
 from supervise_core import CheckpointDirectory
 from supervise_core.errors import CheckpointDamagedError
+from supervise_core.manifest import MANIFEST
 from supervise_core.testing.disks import Crash, CrashingDisk, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeMachine
 from supervise_core.testing.power_cuts import AnyOutcome, LossyDisk, NamesWithoutContent, Outcome
@@ -193,7 +194,8 @@ def _note_syncs(replay: Replay, found: dict[str, list[Sync]]) -> None:
         while frame is not None and frame.f_code.co_filename.endswith(("disk.py", "disks.py", "power_cuts.py")):
             frame = frame.f_back
         assert frame is not None
-        place = f"{method} of {frame.f_code.co_qualname}:{frame.f_lineno}"
+        kind = path.suffix if path.name != MANIFEST else MANIFEST  # files of a draft are all synced in one place
+        place = f"{method} of {kind} in {frame.f_code.co_qualname}:{frame.f_lineno}"
         found.setdefault(place, []).append(Sync(replay, number, len(disk.calls)))
         return False
 
