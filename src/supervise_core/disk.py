@@ -12,8 +12,8 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from weakref import finalize
@@ -346,7 +346,7 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 class Unsynced:
-    """Files that were written and are held open until they are made durable, all at once.
+    """Files that are held open until they are made durable, all at once; what fails before that is let go of.
 
     A file system writes its journal for each file that is made durable after something has changed: often enough that
     it is felt, if each file is seen to before the next one is begun.
@@ -357,9 +357,10 @@ class Unsynced:
         self._descriptors = list[int]()
         self._finalizer = finalize(self, _close_all, self._descriptors)
 
-    def add(self, descriptor: int) -> None:
-        """Hold one more."""
+    def add(self, descriptor: int) -> int:
+        """Hold one more, which is still to be written."""
         self._descriptors.append(descriptor)
+        return descriptor
 
     def sync(self) -> None:
         """Make them durable in the order in which they came, and let go of them."""
@@ -380,14 +381,19 @@ def write_file(
 
     Its name is durable once its directory is synced.
     """
-    with _written(disk, disk.create(path), later) as descriptor:
+    unsynced = Unsynced(disk) if later is None else later
+    try:
+        descriptor = unsynced.add(disk.create(path))
         for chunk in chunks:
             disk.write(descriptor, chunk)
+        if later is None:
+            unsynced.sync()
+    finally:
+        if later is None:
+            unsynced.close()
 
 
-def write_blocks(
-    disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, later: Unsynced | None = None
-) -> None:
+def write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, later: Unsynced) -> None:
     """As ``write_file``, but past the page cache.
 
     The pieces begin and end at blocks of ``BLOCK`` bytes; of the last one, what is beyond ``size`` bytes is cut off.
@@ -395,34 +401,17 @@ def write_blocks(
     else is in it. Where the file system has no direct writes, it goes through the cache all the same.
     """
     try:
-        created = disk.create(path, direct=True)
+        descriptor = later.add(disk.create(path, direct=True))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         write_file(disk, path, cut_off(pieces, size), later)
         return
-    with _written(disk, created, later) as descriptor:
-        disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
-        for piece in pieces:
-            for begin in range(0, len(piece), _DIRECT_PIECE):
-                disk.write(descriptor, piece[begin : begin + _DIRECT_PIECE])
-        disk.truncate(descriptor, size)
-
-
-@contextmanager
-def _written(disk: Disk, descriptor: int, later: Unsynced | None) -> Generator[int, None, None]:
-    """What is written inside is durable afterwards, or left for ``later``."""
-    try:
-        yield descriptor
-        if later is None:
-            disk.sync(descriptor)
-    except BaseException:
-        disk.close(descriptor)
-        raise
-    if later is None:
-        disk.close(descriptor)
-    else:
-        later.add(descriptor)
+    disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
+    for piece in pieces:
+        for begin in range(0, len(piece), _DIRECT_PIECE):
+            disk.write(descriptor, piece[begin : begin + _DIRECT_PIECE])
+    disk.truncate(descriptor, size)
 
 
 def cut_off(pieces: Iterable[memoryview], size: int) -> Iterator[memoryview]:

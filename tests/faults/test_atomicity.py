@@ -194,8 +194,9 @@ def _note_syncs(replay: Replay, found: dict[str, list[Sync]]) -> None:
         while frame is not None and frame.f_code.co_filename.endswith(("disk.py", "disks.py", "power_cuts.py")):
             frame = frame.f_back
         assert frame is not None
-        kind = path.suffix if path.name != MANIFEST else MANIFEST  # files of a draft are all synced in one place
-        place = f"{method} of {kind} in {frame.f_code.co_qualname}:{frame.f_lineno}"
+        place = f"{method} of {frame.f_code.co_qualname}:{frame.f_lineno}"
+        if method == "sync":  # the files of a draft are all synced in one place, and each kind of them is necessary
+            place += f", {MANIFEST if path.name == MANIFEST else path.suffix}"
         found.setdefault(place, []).append(Sync(replay, number, len(disk.calls)))
         return False
 
