@@ -346,7 +346,7 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 class Unsynced:
-    """Files that are held open until they are made durable, all at once; what fails before that is let go of.
+    """Files that are held open until they are made durable, all at once.
 
     A file system writes its journal for each file that is made durable after something has changed: often enough that
     it is felt, if each file is seen to before the next one is begun.
@@ -393,19 +393,32 @@ def write_file(
             unsynced.close()
 
 
-def write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, later: Unsynced) -> None:
+def write_blocks(
+    disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, later: Unsynced | None = None
+) -> None:
     """As ``write_file``, but past the page cache.
 
     The pieces begin and end at blocks of ``BLOCK`` bytes; of the last one, what is beyond ``size`` bytes is cut off.
     That is the quickest way to the disk, and the only steady one: what goes through the page cache waits for whatever
     else is in it. Where the file system has no direct writes, it goes through the cache all the same.
     """
+    unsynced = Unsynced(disk) if later is None else later
     try:
-        descriptor = later.add(disk.create(path, direct=True))
+        _write_blocks(disk, path, pieces, size, unsynced)
+        if later is None:
+            unsynced.sync()
+    finally:
+        if later is None:
+            unsynced.close()
+
+
+def _write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, unsynced: Unsynced) -> None:
+    try:
+        descriptor = unsynced.add(disk.create(path, direct=True))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        write_file(disk, path, cut_off(pieces, size), later)
+        write_file(disk, path, cut_off(pieces, size), unsynced)
         return
     disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
     for piece in pieces:

@@ -171,6 +171,15 @@ def test_files_are_made_durable_together_in_their_order(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"large": b"x" * (BLOCK + 5), "small": b"abc"}
 
 
+def test_what_is_not_left_for_later_is_durable_at_once(tmp_path: Path) -> None:
+    disk = LossyDisk(tmp_path)
+    write_file(disk, tmp_path / "small", [b"ab", b"c"])
+    write_blocks(disk, tmp_path / "large", [own_memory(BLOCK)], 7)
+    disk.sync_directory(tmp_path)
+    disk.power_cut()
+    assert tree(tmp_path) == {"large": bytes(7), "small": b"abc"}
+
+
 @pytest.mark.parametrize("let_go", [Unsynced.close, lambda later: None], ids=["closed", "forgotten"])
 def test_files_that_are_given_up_are_not_synced_and_not_held(
     tmp_path: Path, let_go: Callable[[Unsynced], None]
