@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wait", nargs=2, metavar=("KIND", "PLACE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.wait:
-        return wait(*options.wait, options.waiting, options.rounds)
+        kind, place = options.wait
+        return wait(kind, place, options.waiting, options.rounds)
     fine = [measured(kind, options.waiting, options.crowd, options.rounds) for kind in options.kinds]
     if (seconds := tensorflow_looks_every()) is not None:
         show("TensorFlow's workers look every", seconds, f"so a worker goes on after {seconds / 2:g} s on average")

@@ -16,6 +16,7 @@ from benchmarks.saving_loops import Loop, compute_bound, memory_bound, time_lost
 from benchmarks.saving_ours import Supervised
 from benchmarks.saving_peers import Peer, available
 from benchmarks.saving_state import FalseFigureError, State
+from benchmarks.saving_table import machine, table
 
 _STALL = _LOST = _DURABLE = _COLD = 1.25
 _WARM = 1.5
@@ -51,6 +52,8 @@ def speed(setting: Setting) -> None:
             report.ratio("10", name, figures, f"{peer.name} {name}", ["memcpy", "xxh3"])
         report.ratio("10", "done", figures, f"{peer.name} done", ["direct write"])
         report.ratio("10", "load, warm", figures, f"{peer.name} load", ["warm read"])
+    report.title(machine(setting.folder))
+    report.say(table(figures, measurement.loops[0].name, measurement.peers))
 
 
 class _Speed:

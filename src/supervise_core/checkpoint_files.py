@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -74,11 +74,25 @@ class _ImageWriter:
         """Write one file; its size and hash."""
         if image.blocks is None:
             digest = xxhash.xxh3_128()
-            self._draft.write_blocks(image.name, in_blocks(image.chunks(), image.size, digest.update), image.size)
+            self._draft.write_blocks(image.name, self._gathered(image, digest), image.size)
             return FileRecord(image.size, digest.hexdigest())
         hashed = self._hashing.submit(self._hash, image)
         self._draft.write_blocks(image.name, [image.blocks], image.size)
         return FileRecord(image.size, hashed.result())
+
+    def _gathered(self, image: FileImage, digest: xxhash.xxh3_128) -> Iterator[memoryview]:
+        """The file in pieces of one memory, each of which is hashed while it is written."""
+        hashed: list[Future[None]] = []
+        for piece in in_blocks(
+            image.chunks(), image.size, lambda filled: hashed.append(self._hashing.submit(self._update, digest, filled))
+        ):
+            yield piece
+            hashed.pop().result()
+
+    def _update(self, digest: xxhash.xxh3_128, piece: memoryview) -> None:
+        began = time.thread_time()
+        digest.update(piece)
+        self.helped += time.thread_time() - began
 
     def _hash(self, image: FileImage) -> str:
         began = time.thread_time()

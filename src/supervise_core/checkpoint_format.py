@@ -142,13 +142,13 @@ class Draft(ABC):
 
     @abstractmethod
     def write(self, file: str, chunks: Iterable[Chunk]) -> None:
-        """Write one file and make it durable.
+        """Write one file. It is durable once ``commit`` has returned.
 
         :raises OSError: as the storage fails; the draft is then only good for ``discard``.
         """
 
     def write_blocks(self, file: str, pieces: Iterable[memoryview], size: int) -> None:
-        """Write one file of ``size`` bytes and make it durable, from memory that may be written from as it is.
+        """As ``write``, ``size`` bytes from memory that may be written from as it is.
 
         The pieces begin and end at blocks; the last one may go beyond ``size``.
 
@@ -264,7 +264,7 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def write(self, draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
-        """Write the files of a snapshot, all but the manifest, durably into a draft.
+        """Write the files of a snapshot, all but the manifest, into a draft.
 
         :raises OSError: as the storage fails.
         """

@@ -1,9 +1,9 @@
 """Checkpoints in a directory of a file system.
 
 ``<logdir>/<basename>-<step>/`` is a checkpoint; the listing is the only index, and nothing in it is an absolute path.
-Commit: the draft's files are written and fsynced, then its manifest, then the draft directory; the draft is renamed to
-its name, and the log directory fsynced. Removal goes the other way: renamed out of the listing, the listing fsynced,
-and only then are files unlinked, so that no power cut brings half a checkpoint back.
+Commit: the draft's files and then its manifest are written, and then fsynced one after another, and so is the draft
+directory; the draft is renamed to its name, and the log directory fsynced. Removal goes the other way: renamed out of
+the listing, the listing fsynced, and only then are files unlinked, so that no power cut brings half a checkpoint back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Final
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft, Link
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock, SystemClock
-from supervise_core.disk import Disk, OpenDirectory, ensure_directory, remove_tree, write_blocks, write_file
+from supervise_core.disk import Disk, OpenDirectory, Unsynced, ensure_directory, remove_tree, write_blocks, write_file
 from supervise_core.errors import CheckpointDamagedError, CheckpointError
 from supervise_core.host import Host
 from supervise_core.lease import Lease, is_lost
@@ -96,7 +96,7 @@ class DirectoryStore(CheckpointStore):
         self._drafts += 1
         draft = self._lease.directory / f"draft-{self._drafts}"
         self._change(self._disk.make_directory, draft)
-        return _DirectoryDraft(self, checkpoint, draft)
+        return _DirectoryDraft(self, checkpoint, draft, Unsynced(self._disk))
 
     def write_into(self, location: str, file: str, pieces: Iterable[memoryview], size: int) -> None:
         draft = self.path / location
@@ -267,13 +267,13 @@ class DirectoryStore(CheckpointStore):
             raise
         return True
 
-    def write(self, draft: Path, file: str, chunks: Iterable[Chunk]) -> None:
-        """Write one durable file of a draft; for the draft alone."""
-        self._change(write_file, self._disk, draft / file, chunks)
+    def write(self, draft: Path, file: str, chunks: Iterable[Chunk], later: Unsynced | None = None) -> None:
+        """Write one file of a draft, durable at once or ``later``; for the draft alone."""
+        self._change(write_file, self._disk, draft / file, chunks, later)
 
-    def write_blocks(self, draft: Path, file: str, pieces: Iterable[memoryview], size: int) -> None:
-        """Write one durable file of a draft past the page cache; for the draft alone."""
-        self._change(write_blocks, self._disk, draft / file, pieces, size)
+    def write_blocks(self, draft: Path, file: str, pieces: Iterable[memoryview], size: int, later: Unsynced) -> None:
+        """Write one file of a draft past the page cache, durable ``later``; for the draft alone."""
+        self._change(write_blocks, self._disk, draft / file, pieces, size, later)
 
     def link(self, draft: Path, checkpoint: CheckpointId, files: Sequence[Link]) -> bool:
         """Give files of a checkpoint further names in a draft, all of them or none; for the draft alone."""
@@ -309,20 +309,17 @@ class DirectoryStore(CheckpointStore):
 
 
 class _DirectoryDraft(Draft):
-    def __init__(self, store: DirectoryStore, checkpoint: CheckpointId, path: Path) -> None:
+    def __init__(self, store: DirectoryStore, checkpoint: CheckpointId, path: Path, unsynced: Unsynced) -> None:
         self._store = store
         self._checkpoint = checkpoint
         self._path = path
-
-    @property
-    def location(self) -> str:
-        return str(self._path.relative_to(self._store.path))
+        self._unsynced = unsynced
 
     def write(self, file: str, chunks: Iterable[Chunk]) -> None:
-        self._store.write(self._path, check_file_name(file), chunks)
+        self._store.write(self._path, check_file_name(file), chunks, self._unsynced)
 
     def write_blocks(self, file: str, pieces: Iterable[memoryview], size: int) -> None:
-        self._store.write_blocks(self._path, check_file_name(file), pieces, size)
+        self._store.write_blocks(self._path, check_file_name(file), pieces, size, self._unsynced)
 
     def link(self, checkpoint: CheckpointId, files: Sequence[Link]) -> bool:
         for link in files:
@@ -330,10 +327,12 @@ class _DirectoryDraft(Draft):
         return self._store.link(self._path, checkpoint, files)
 
     def commit(self, manifest: Manifest, replaces: CheckpointId | None = None) -> CheckpointId:
-        self._store.write(self._path, MANIFEST, [manifest.to_bytes()])
+        self._store.write(self._path, MANIFEST, [manifest.to_bytes()], self._unsynced)
+        self._unsynced.sync()
         return self._store.commit(self._path, self._checkpoint, replaces)
 
     def discard(self) -> None:
+        self._unsynced.close()
         self._store.discard(self._path)
 
 

@@ -24,6 +24,9 @@ BLOCK: Final = 4096
 """What memory and sizes of direct writes are multiples of; enough for every disk in use."""
 
 _PIECE: Final = 16 << 20
+_DIRECT_PIECE: Final = 64 << 20
+"""What one direct write takes: as it ends, the disk has nothing to do until the next one begins."""
+
 _WORTH_DIRECT: Final = 1 << 20
 _HUGE: Final = 2 << 20
 _of_thread: Final = threading.local()
@@ -33,6 +36,7 @@ _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
 
+_NOTHING: Final = ctypes.c_char * 0
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _mmap, _munmap, _mincore = _libc.mmap, _libc.munmap, _libc.mincore
 _mmap.restype = ctypes.c_void_p
@@ -311,12 +315,16 @@ def _read_direct(descriptor: int, at: int, buffers: Sequence[memoryview], wanted
     blocks = _blocks_of_this_thread(end - begin)
     there = os.preadv(descriptor, [blocks[: end - begin]], begin) - (at - begin)
     taken = min(wanted, max(0, there))
-    source, left = blocks[at - begin : at - begin + taken], taken
+    source, left = _address_of(blocks) + at - begin, taken
     for buffer in buffers:
         count = min(left, buffer.nbytes)
-        buffer[:count] = source[taken - left : taken - left + count]
+        ctypes.memmove(_address_of(buffer), source + taken - left, count)  # unlike a slice, it lets other threads run
         left -= count
     return taken
+
+
+def _address_of(view: memoryview) -> int:
+    return ctypes.addressof(_NOTHING.from_buffer(view))
 
 
 def _blocks_of_this_thread(nbytes: int) -> memoryview:
@@ -337,40 +345,86 @@ def _close_all(descriptors: list[int]) -> None:
 # ---- what is made of several calls
 
 
-def write_file(disk: Disk, path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
-    """Write a new file and make its content durable. Its name is durable once its directory is synced."""
-    descriptor = disk.create(path)
+class Unsynced:
+    """Files that are held open until they are made durable, all at once.
+
+    A file system writes its journal for each file that is made durable after something has changed: often enough that
+    it is felt, if each file is seen to before the next one is begun.
+    """
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._descriptors = list[int]()
+        self._finalizer = finalize(self, _close_all, self._descriptors)
+
+    def add(self, descriptor: int) -> int:
+        """Hold one more, which is still to be written."""
+        self._descriptors.append(descriptor)
+        return descriptor
+
+    def sync(self) -> None:
+        """Make them durable in the order in which they came, and let go of them."""
+        while self._descriptors:
+            self._disk.sync(self._descriptors[0])
+            self._disk.close(self._descriptors.pop(0))
+
+    def close(self) -> None:
+        """Let go of them as they are; safe to call twice."""
+        while self._descriptors:
+            self._disk.close(self._descriptors.pop())
+
+
+def write_file(
+    disk: Disk, path: Path, chunks: Iterable[bytes | bytearray | memoryview], later: Unsynced | None = None
+) -> None:
+    """Write a new file and make its content durable, or leave that for ``later``.
+
+    Its name is durable once its directory is synced.
+    """
+    unsynced = Unsynced(disk) if later is None else later
     try:
+        descriptor = unsynced.add(disk.create(path))
         for chunk in chunks:
             disk.write(descriptor, chunk)
-        disk.sync(descriptor)
+        if later is None:
+            unsynced.sync()
     finally:
-        disk.close(descriptor)
+        if later is None:
+            unsynced.close()
 
 
-def write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int) -> None:
-    """Write a new file past the page cache and make its content durable.
+def write_blocks(
+    disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, later: Unsynced | None = None
+) -> None:
+    """As ``write_file``, but past the page cache.
 
     The pieces begin and end at blocks of ``BLOCK`` bytes; of the last one, what is beyond ``size`` bytes is cut off.
     That is the quickest way to the disk, and the only steady one: what goes through the page cache waits for whatever
     else is in it. Where the file system has no direct writes, it goes through the cache all the same.
     """
+    unsynced = Unsynced(disk) if later is None else later
     try:
-        descriptor = disk.create(path, direct=True)
+        _write_blocks(disk, path, pieces, size, unsynced)
+        if later is None:
+            unsynced.sync()
+    finally:
+        if later is None:
+            unsynced.close()
+
+
+def _write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, unsynced: Unsynced) -> None:
+    try:
+        descriptor = unsynced.add(disk.create(path, direct=True))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        write_file(disk, path, cut_off(pieces, size))
+        write_file(disk, path, cut_off(pieces, size), unsynced)
         return
-    try:
-        disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
-        for piece in pieces:
-            for begin in range(0, len(piece), _PIECE):
-                disk.write(descriptor, piece[begin : begin + _PIECE])
-        disk.truncate(descriptor, size)
-        disk.sync(descriptor)
-    finally:
-        disk.close(descriptor)
+    disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
+    for piece in pieces:
+        for begin in range(0, len(piece), _DIRECT_PIECE):
+            disk.write(descriptor, piece[begin : begin + _DIRECT_PIECE])
+    disk.truncate(descriptor, size)
 
 
 def cut_off(pieces: Iterable[memoryview], size: int) -> Iterator[memoryview]:

@@ -38,7 +38,7 @@ def test_layout(store: DirectoryStore) -> None:
 
 
 def test_order_of_a_commit(tmp_path: Path) -> None:
-    """Files, each synced; the manifest last, and synced; the draft; its name; the directory."""
+    """Files, the manifest last; each of them synced; the draft; its name; the directory."""
     disk = WatchedDisk()
     store = DirectoryStore(tmp_path, disk=disk)
     with store.writing():
@@ -48,8 +48,8 @@ def test_order_of_a_commit(tmp_path: Path) -> None:
     assert calls == [
         ("make_directory", "draft-1"),
         ("create", FILE),
-        ("sync", FILE),
         ("create", "manifest.json"),
+        ("sync", FILE),
         ("sync", "manifest.json"),
         ("sync_directory", "draft-1"),
         ("rename", "model.ckpt-1"),

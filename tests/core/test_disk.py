@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +15,18 @@ from typing import Any
 
 import pytest
 
-from supervise_core.disk import Disk, OpenDirectory, _is_cached, ensure_directory, remove_tree, write_file
+from supervise_core.disk import (
+    BLOCK,
+    Disk,
+    OpenDirectory,
+    Unsynced,
+    _is_cached,
+    ensure_directory,
+    remove_tree,
+    write_blocks,
+    write_file,
+)
+from supervise_core.memory import own_memory
 from supervise_core.testing.disks import Crash, CrashingDisk, FaultyDisk, WatchedDisk
 from supervise_core.testing.power_cuts import Everything, LossyDisk, NamesWithoutContent
 
@@ -132,6 +145,72 @@ def test_open_directory_leaves_nothing_open(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         OpenDirectory(tmp_path / "absent")
     assert not before or len(os.listdir("/proc/self/fd")) == len(before)
+
+
+# ---- durable together
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_files_are_made_durable_together_in_their_order(tmp_path: Path) -> None:
+    disk = LossyDisk(tmp_path)
+    before = open_files()
+    later = Unsynced(disk)
+    write_file(disk, tmp_path / "small", [b"ab", b"c"], later)
+    blocks = own_memory(2 * BLOCK)
+    blocks[:] = b"x" * len(blocks)
+    write_blocks(disk, tmp_path / "large", [blocks], BLOCK + 5, later)
+    disk.sync_directory(tmp_path)
+    assert disk.count("sync") == 0
+    later.sync()
+    assert [path.name for method, path in disk.calls if method == "sync"] == ["small", "large"]
+    assert open_files() == before
+    disk.power_cut()
+    assert tree(tmp_path) == {"large": b"x" * (BLOCK + 5), "small": b"abc"}
+
+
+def test_what_is_not_left_for_later_is_durable_at_once(tmp_path: Path) -> None:
+    disk = LossyDisk(tmp_path)
+    write_file(disk, tmp_path / "small", [b"ab", b"c"])
+    write_blocks(disk, tmp_path / "large", [own_memory(BLOCK)], 7)
+    disk.sync_directory(tmp_path)
+    disk.power_cut()
+    assert tree(tmp_path) == {"large": bytes(7), "small": b"abc"}
+
+
+@pytest.mark.parametrize("let_go", [Unsynced.close, lambda later: None], ids=["closed", "forgotten"])
+def test_files_that_are_given_up_are_not_synced_and_not_held(
+    tmp_path: Path, let_go: Callable[[Unsynced], None]
+) -> None:
+    disk = LossyDisk(tmp_path)
+    before = open_files()
+    later = Unsynced(disk)
+    write_file(disk, tmp_path / "file", [b"content"], later)
+    let_go(later)
+    del later
+    gc.collect()
+    assert open_files() == before
+    disk.sync_directory(tmp_path)
+    disk.power_cut()
+    assert tree(tmp_path) == {"file": b""}
+
+
+def test_a_file_that_fails_is_not_held(tmp_path: Path) -> None:
+    disk = FaultyDisk()
+    before = open_files()
+    later = Unsynced(disk)
+    disk.fail(errno.ENOSPC, method="write")
+    with pytest.raises(OSError, match="No space left"):
+        write_file(disk, tmp_path / "file", [b"content"], later)
+    disk.fail(errno.EIO, 2, method="sync")
+    for name in "abc":
+        write_file(disk, tmp_path / name, [b"content"], later)
+    with pytest.raises(OSError, match="Input/output"):
+        later.sync()
+    later.close()
+    assert open_files() == before
 
 
 # ---- the doubles themselves

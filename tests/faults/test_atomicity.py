@@ -22,6 +22,7 @@ from training import Program
 
 from supervise_core import CheckpointDirectory
 from supervise_core.errors import CheckpointDamagedError
+from supervise_core.manifest import MANIFEST
 from supervise_core.testing.disks import Crash, CrashingDisk, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeMachine
 from supervise_core.testing.power_cuts import AnyOutcome, LossyDisk, NamesWithoutContent, Outcome
@@ -194,6 +195,8 @@ def _note_syncs(replay: Replay, found: dict[str, list[Sync]]) -> None:
             frame = frame.f_back
         assert frame is not None
         place = f"{method} of {frame.f_code.co_qualname}:{frame.f_lineno}"
+        if method == "sync":  # the files of a draft are all synced in one place, and each kind of them is necessary
+            place += f", {MANIFEST if path.name == MANIFEST else path.suffix}"
         found.setdefault(place, []).append(Sync(replay, number, len(disk.calls)))
         return False
 
