@@ -111,6 +111,11 @@ class Meeting(BoundaryMeeting):
                 self.worker.await_go(max_wait_secs, self._coordinator.should_stop)
             self._agreement.begin()
 
+    def renew(self, announcement: Announcement) -> None:
+        """A later checkpoint is there: where each trains on its own, who comes from now on takes that one."""
+        if self.chief is not None and self._steps is not None and not self.is_synchronous:
+            self.chief.announce(announcement)
+
     def tell_failure(self, cause: StopCause) -> None:
         """This process fails in the midst of a step: the others are not to wait for it."""
         if self.member is not None:

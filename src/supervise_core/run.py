@@ -127,9 +127,17 @@ class Run(Generic[SessionT]):
 
     def _adopt(self, opening: Opening, announced: Announcement) -> Any:
         rank = self.plan.membership.rank
-        session = self.manager.adopt_session(opening.master, opening.config, announced.checkpoint, rank)
-        self._note_recovery()
-        return session
+        while True:
+            try:
+                session = self.manager.adopt_session(opening.master, opening.config, announced.checkpoint, rank)
+            except FileNotFoundError:
+                # it may be pruned by now, and the chief has announced a later one
+                earlier, announced = announced, self.meeting.adopt(opening.max_wait_secs)
+                if announced == earlier:
+                    raise
+            else:
+                self._note_recovery()
+                return session
 
     def _note_recovery(self) -> None:
         recovery = self.manager.recovery

@@ -18,6 +18,7 @@ from supervise_core.data_loop import DataLoop
 from supervise_core.errors import SessionStateError
 from supervise_core.gathering import Gathering, ShareGathering
 from supervise_core.meeting import Meeting
+from supervise_core.pages import Announcement
 from supervise_core.plan import Plan
 from supervise_core.report import RunReport
 from supervise_core.snapshot import Snapshot
@@ -217,6 +218,7 @@ class RunSaver:
             )
 
     def _committed(self, name: str, step: int) -> None:
+        self._meeting.renew(Announcement(name, step))
         logdir = self._plan.logdir
         if self._events is not None:
             self._events.add_session_log("CHECKPOINT", step, "" if logdir is None else str(logdir / name))
