@@ -118,7 +118,7 @@ class Worker(Member):
         """Whether a chief was seen to live: another run may have left its pages in the same place."""
         if self._chief is not None or (before is not None and self._stale is None):
             return True
-        if self._host.is_alive(page.owner):
+        if page.end is None and self._host.is_alive(page.owner):  # an earlier run may have been in the same process
             return True
         [beat] = self._board.get([beat_page(0)])
         if self._stale is None:
