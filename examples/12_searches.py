@@ -56,7 +56,8 @@ def trial(rank: int, number: int) -> dict[str, Floats]:
             weights -= rate * (images[rows].T @ error + decay * weights)
             bias -= rate * error.sum(axis=0)
     right = (images[test] @ weights + bias).argmax(axis=1) == labels[test]
-    return {"weights": weights, "bias": bias, "score": np.array(right.mean()), "settings": np.array([rate, batch, decay])}
+    settings = np.array([rate, batch, decay])
+    return {"weights": weights, "bias": bias, "score": np.array(right.mean()), "settings": settings}
 
 
 def result_path(logdir: str, rank: int, number: int) -> Path:
