@@ -62,7 +62,8 @@ def launched(logdir: Path, launcher: list[str], *arguments: str) -> Iterator[Lau
     with open(output, "ab") as file:
         process = subprocess.Popen(
             [sys.executable, *launcher, "--logdir", str(logdir), *arguments],
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         )  # fmt: skip
         try:
             yield Launch(process, output)
@@ -114,16 +115,16 @@ def test_ddp_ends_with_the_same_weights_when_a_rank_is_killed(tmp_path: Path) ->
         assert any(line.startswith(("step 20: model.ckpt-20", "step 40: model.ckpt-40")) for line in launch.lines())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_searches_find_the_same_model_when_one_is_killed_and_all_are_stopped(rank: int, tmp_path: Path) -> None:
+def test_searches_find_the_same_model_when_some_are_killed_and_all_are_stopped(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    program = [str(EXAMPLES / "12_searches.py"), "--workers", "2", "--trials", "30"]
+    program = [str(EXAMPLES / "12_searches.py"), "--workers", "2", "--trials", "20"]
     with launched(tmp_path / "killed", program) as launch:
         launch.wait_for("trial 1 of rank 2:")
-        os.kill(launch.rank(rank), signal.SIGKILL)
-        launch.wait_for(f"rank {rank} was killed")
-        assert launch.end().startswith("done: step 60")
-        found = launch.lines()[-1]
+        for rank in (1, 0):
+            os.kill(launch.rank(rank), signal.SIGKILL)
+            launch.wait_for(f"rank {rank} was killed")
+        found = launch.end()
+    assert found.startswith("done: step 40")
     with launched(tmp_path / "stopped", program) as launch:
         launch.wait_for("trial 1 of rank 1:")
         launch.process.send_signal(signal.SIGTERM)
