@@ -192,6 +192,7 @@ class Run(Generic[SessionT]):
             backend.run_seed(session),
             position,
             self.meeting.state,
+            (self.plan.membership.size or 1) if self.meeting.is_synchronous else 1,
         )
         self.report.first_step = self.report.last_step = self.steps.now()
 

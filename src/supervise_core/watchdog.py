@@ -54,7 +54,7 @@ class Watchdog:
                 target=self._watch, args=(str(cause),), name="supervise-core watchdog", daemon=True
             )
             self._set_timer(self._grace + _LAST_RESORT)
-        self._thread.start()
+            self._thread.start()  # under the lock, as whoever disarms waits for its end
 
     def _set_timer(self, seconds: float) -> None:
         stream = sys.__stderr__

@@ -20,7 +20,9 @@ SHORT = {
     "06_tf1_supervisor.py": ["--steps", "60"],
     "07_tf_graph_backend.py": ["--epochs", "1"],
     "08_keras_custom_loop.py": ["--epochs", "1"],
+    "09_ddp.py": ["--epochs", "1"],
     "11_tf_cluster.py": ["--steps", "60"],
+    "12_searches.py": ["--workers", "2", "--trials", "3"],
 }
 LONGER = {
     "01_minimal.py": ["--epochs", "4"],
@@ -30,7 +32,9 @@ LONGER = {
     "06_tf1_supervisor.py": ["--steps", "90"],
     "07_tf_graph_backend.py": ["--epochs", "2"],
     "08_keras_custom_loop.py": ["--epochs", "2"],
+    "09_ddp.py": ["--epochs", "2"],
     "11_tf_cluster.py": ["--steps", "90"],
+    "12_searches.py": ["--workers", "2", "--trials", "5"],
 }
 NEEDS = {
     "01_minimal.py": "sklearn",
@@ -39,12 +43,18 @@ NEEDS = {
     "06_tf1_supervisor.py": "tensorflow",
     "07_tf_graph_backend.py": "tensorflow",
     "08_keras_custom_loop.py": "tensorflow",
+    "09_ddp.py": "torch",
     "11_tf_cluster.py": "tensorflow",
+    "12_searches.py": "sklearn",
 }
+TORCHRUN = {"09_ddp.py": 2}
 
 
 def command(name: str, logdir: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-W", "error", str(EXAMPLES / name), "--logdir", str(logdir), *arguments]
+    launch = ["-W", "error"]
+    if name in TORCHRUN:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={TORCHRUN[name]}"]
+    return [sys.executable, *launch, str(EXAMPLES / name), "--logdir", str(logdir), *arguments]
 
 
 def run(name: str, logdir: Path, *arguments: str) -> list[str]:
