@@ -20,6 +20,7 @@ SHORT = {
     "06_tf1_supervisor.py": ["--steps", "60"],
     "07_tf_graph_backend.py": ["--epochs", "1"],
     "08_keras_custom_loop.py": ["--epochs", "1"],
+    "10_fsdp2.py": ["--epochs", "1"],
     "11_tf_cluster.py": ["--steps", "60"],
 }
 LONGER = {
@@ -30,6 +31,7 @@ LONGER = {
     "06_tf1_supervisor.py": ["--steps", "90"],
     "07_tf_graph_backend.py": ["--epochs", "2"],
     "08_keras_custom_loop.py": ["--epochs", "2"],
+    "10_fsdp2.py": ["--epochs", "2"],
     "11_tf_cluster.py": ["--steps", "90"],
 }
 NEEDS = {
@@ -39,12 +41,17 @@ NEEDS = {
     "06_tf1_supervisor.py": "tensorflow",
     "07_tf_graph_backend.py": "tensorflow",
     "08_keras_custom_loop.py": "tensorflow",
+    "10_fsdp2.py": "torch",
     "11_tf_cluster.py": "tensorflow",
 }
+TORCHRUN = {"10_fsdp2.py": 2}
 
 
 def command(name: str, logdir: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-W", "error", str(EXAMPLES / name), "--logdir", str(logdir), *arguments]
+    launch = ["-W", "error"]
+    if name in TORCHRUN:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={TORCHRUN[name]}"]
+    return [sys.executable, *launch, str(EXAMPLES / name), "--logdir", str(logdir), *arguments]
 
 
 def run(name: str, logdir: Path, *arguments: str) -> list[str]:
