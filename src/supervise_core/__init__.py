@@ -16,7 +16,7 @@ The floors of this package, from what users call down to what knows nothing; imp
      6   checkpoint_format, pages
      5   parts, staging
      4   data_loop, flattening, manifest, snapshot
-     3   data_stream, hookspecs, numpy_codec, safetensors_format, services
+     3   boxes, data_stream, hookspecs, numpy_codec, safetensors_format, services
      2   boundary, looper, report, signals, tensors, watchdog
      1   agreement, coordinator, data_source, file_board, lease, memory, retention, summaries, tagged_json, triggers
      0   board, clock, disk, errors, host, process_random, readiness

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
-from functools import partial
-from typing import Any, Self
+from functools import cache, partial
+from typing import Any, Final, Self
 
 import xxhash
 
@@ -32,6 +34,8 @@ from supervise_core.snapshot import FileImage, Snapshot
 from supervise_core.tagged_json import Json, decode
 from supervise_core.tensor_files import TensorFile
 from supervise_core.tensors import TensorSpec
+
+_RANK: Final = re.compile(r"[1-9]\d{0,8}")
 
 
 def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
@@ -127,17 +131,30 @@ def _read_checkpoint(reader: CheckpointReader) -> CheckpointContent:
     files = _Files(reader, manifest)
     state = files.state()
     parts, run_state = _read_state(files, STATE, state)
-    per_rank = state.get("per_rank", [])
+    per_rank = [name for name in state.get("per_rank", []) if name in parts]
+
+    @cache
+    def own_of(rank: int) -> tuple[dict[str, Part], Any] | None:
+        own = files.ranks().get(str(rank))
+        if own is None:
+            return None
+        own_parts, own_run_state = _read_state(files.of_rank(rank), RANKS, own)
+        return {name: replace(part, ranks=partial(all_of, name)) for name, part in own_parts.items()}, own_run_state
+
+    def all_of(name: str) -> list[Part]:
+        with no_collection():
+            others = [own_of(int(rank)) for rank in sorted(files.ranks(), key=int)]
+        return [parts[name], *(own[0][name] for own in others if own is not None and name in own[0])]
 
     def of_rank(rank: int) -> CheckpointContent:
         with no_collection():
-            if (own := files.state_of_rank(rank)) is not None:
-                its_files = _Files(reader, manifest, rank_prefix(rank))
-                its_parts, its_run_state = _read_state(its_files, RANKS, own)
-                return CheckpointContent(manifest, parts | its_parts, its_run_state, its_files.verify)
-        others = {name: replace(part, is_own=False) for name, part in parts.items() if name in per_rank}
+            own = own_of(rank)
+        if own is not None:
+            return CheckpointContent(manifest, parts | own[0], own[1], files.verify)
+        others = {name: replace(parts[name], is_own=False) for name in per_rank}
         return CheckpointContent(manifest, parts | others, run_state, files.verify)
 
+    parts |= {name: replace(parts[name], ranks=partial(all_of, name)) for name in per_rank}
     return CheckpointContent(manifest, parts, run_state, files.verify, of_rank)
 
 
@@ -181,13 +198,13 @@ class SafetensorsFormat(CheckpointFormat):
 class _Files:
     """The files of one checkpoint, verified when they are read."""
 
-    def __init__(self, reader: CheckpointReader, manifest: Manifest, prefix: str = "") -> None:
-        """``prefix``: what the names of one rank's own files begin with."""
+    def __init__(self, reader: CheckpointReader, manifest: Manifest) -> None:
         self._reader = reader
         self._records = manifest.files
         self._parts = manifest.parts
-        self._prefix = prefix
+        self._prefix = ""
         self._verified: set[str] = set()
+        self._ranks: dict[str, dict[str, Any]] | None = None
 
     def state(self) -> dict[str, Json]:
         record = self._records.get(STATE)
@@ -200,20 +217,29 @@ class _Files:
             case _:
                 raise self.damaged(STATE, "it does not hold the parts that the manifest names")
 
-    def state_of_rank(self, rank: int) -> dict[str, Any] | None:
-        """What one of several processes kept of its own; None if it was none of those that saved this."""
-        if RANKS not in self._records:
-            return None
-        match self._json(RANKS):
-            case {"ranks": dict() as states}:
-                state = states.get(str(rank))
-            case _:
-                raise self.damaged(RANKS, "it does not say what each rank keeps")
-        match state:
-            case None | {"parts": dict(), "run": _}:
-                return state
-            case _:
-                raise self.damaged(RANKS, f"it does not say what rank {rank} keeps")
+    def ranks(self) -> dict[str, dict[str, Any]]:
+        """What each of several processes but the chief kept of its own, by their ranks."""
+        if self._ranks is None:
+            self._ranks = {} if RANKS not in self._records else self._checked_ranks(self._json(RANKS))
+        return self._ranks
+
+    def _checked_ranks(self, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        states = content.get("ranks")
+        if not isinstance(states, dict):
+            raise self.damaged(RANKS, "it does not say what each rank keeps")
+        for rank, state in states.items():
+            match state:
+                case {"parts": dict(), "run": _} if _RANK.fullmatch(rank):
+                    pass
+                case _:
+                    raise self.damaged(RANKS, f"it does not say what rank {rank} keeps")
+        return states
+
+    def of_rank(self, rank: int) -> _Files:
+        """The files that one rank alone has; what is verified of them is verified for all."""
+        its_files = copy(self)
+        its_files._prefix = rank_prefix(rank)
+        return its_files
 
     def tensors(self, part: str) -> tuple[Mapping[str, TensorSpec], ReadTensors]:
         """The tensors of a part: from its one file, from the shards that its index names, or none."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from supervise_core.errors import IncompatibleCheckpointError, UnsupportedStateError
+from supervise_core.boxes import Box, Gathered, Placed, is_boxed, overlaps, whole_of
+from supervise_core.errors import CheckpointDamagedError, IncompatibleCheckpointError, UnsupportedStateError
 from supervise_core.flattening import ARRAY, TENSOR, Flattening, FlatTensor, codecs_of
 from supervise_core.memory import address_of, copy, no_collection
 from supervise_core.tagged_json import Json, Untold, decode
@@ -39,6 +40,8 @@ class Part:
     tensors: Mapping[str, TensorSpec]
     read: ReadTensors
     is_own: bool = True
+    ranks: Callable[[], Sequence[Part]] | None = None
+    """See ``of_all_ranks``."""
 
     @classmethod
     def of(cls, name: str, state: Json, contents: Mapping[str, tuple[TensorSpec, memoryview]]) -> Part:
@@ -71,41 +74,37 @@ class Part:
         ``into`` is a tree of the state that is there now: where it has a tensor of the same kind in the same place,
         that very tensor is in the result, and is overwritten when it is read.
 
+        A tensor that was saved in boxes is put together from the files of all ranks: that box of it which the one in
+        ``into`` is, or else all of it.
+
         :raises IncompatibleCheckpointError: if it holds what this version, or this framework, does not know.
+        :raises CheckpointDamagedError: if what the other ranks have is needed, and damaged.
         """
         with no_collection():
-            return self._restoration(codecs_of(codec), into)
+            known = codecs_of(codec)
+            here = {} if into is None else _reusable(self.name, into, known)
+            try:
+                making = _Making(known, here, self) if self._is_as(here) else _BoxMaking(known, here, self)
+                tree = decode(making.part.state, making.leaf)
+            except CheckpointDamagedError:
+                raise
+            except (ValueError, TypeError) as error:
+                raise IncompatibleCheckpointError(self.name, [str(error)]) from error
+            return Restoration(tree, making.reads(), is_in_place=not making.fresh)
 
-    def _restoration(self, codecs: Mapping[str, TensorCodec[Any]], into: Any) -> Restoration:
-        here = {} if into is None else _reusable(self.name, into, codecs)
-        made: dict[str, Any] = {}
-        targets: dict[str, Target] = {}
-        fresh: list[str] = []
+    def of_all_ranks(self) -> Sequence[Part]:
+        """This part as each of the processes saved it that each have their own, the chief's first; else only itself.
 
-        def leaf(tag: str, content: Json) -> Any | Untold:
-            if tag not in _TAGS:
-                return codecs[TENSOR].decode_constant(tag, content)
-            name = content[tag]
-            if name not in made:
-                stored = self._stored(tag, content)
-                known = tag if tag in codecs else TENSOR
-                present = here.get(name)
-                fits = present is not None and present.tag == known and present.stored == stored
-                if present is not None and fits:
-                    made[name], address = present.value, present.address
-                else:
-                    made[name] = codecs[known].empty(stored)
-                    address = codecs[known].address(made[name])
-                    fresh.append(name)
-                if stored.spec.nbytes:
-                    targets[name] = _taker(codecs[known], made[name]) if address is None else address
-            return made[name]
+        :raises CheckpointDamagedError: if a size, a hash or a format is wrong.
+        """
+        return [self] if self.ranks is None else self.ranks()
 
-        try:
-            tree = decode(self.state, leaf)
-        except (ValueError, TypeError) as error:
-            raise IncompatibleCheckpointError(self.name, [str(error)]) from error
-        return Restoration(tree, targets, self.read, is_in_place=not fresh)
+    def _is_as(self, here: Mapping[str, FlatTensor]) -> bool:
+        """Whether boxes of larger tensors were saved as exactly those that are here; so it is where there are none."""
+        stored_here = [] if self.ranks is None else self.stored_tensors()
+        saved = {stored.spec.name: stored for stored in stored_here if is_boxed(stored)}
+        boxes_here = {name: tensor.stored for name, tensor in here.items() if is_boxed(tensor.stored)}
+        return saved == boxes_here if saved else not boxes_here
 
     def check(self) -> None:
         """:raises ValueError: if the state was not made by this format, or names tensors that are not there."""
@@ -113,7 +112,7 @@ class Part:
 
         def leaf(tag: str, content: Json) -> None:
             if tag in _TAGS and (type(content[tag]) is not str or content[tag] not in tensors):
-                self._stored(tag, content)  # says what is wrong
+                self.stored(tag, content)  # says what is wrong
 
         decode(self.state, leaf)
 
@@ -123,7 +122,7 @@ class Part:
 
         def leaf(tag: str, content: Json) -> Any | Untold:
             if tag in _TAGS:
-                found.append(self._stored(tag, content))
+                found.append(self.stored(tag, content))
             return None
 
         decode(self.state, leaf)
@@ -131,6 +130,13 @@ class Part:
 
     def held(self) -> Part:
         """The same part with its tensors in memory, to be read when the checkpoint is not open any more."""
+        own = self._held()
+        if self.ranks is None:
+            return own
+        ranks = [own if part.read is self.read else part._held() for part in self.ranks()]
+        return replace(own, ranks=lambda: ranks)
+
+    def _held(self) -> Part:
         contents: dict[str, tuple[TensorSpec, memoryview]] = {}
 
         def keeper(spec: TensorSpec) -> Callable[[memoryview], None]:
@@ -143,7 +149,11 @@ class Part:
         empty = {name: (spec, memoryview(b"")) for name, spec in self.tensors.items() if not spec.nbytes}
         return Part.of(self.name, self.state, contents | empty)
 
-    def _stored(self, tag: str, leaf: dict[str, Json]) -> StoredTensor:
+    def stored(self, tag: str, leaf: dict[str, Json]) -> StoredTensor:
+        """The tensor that a tagged object of the state names.
+
+        :raises ValueError: if it is not there.
+        """
         name = leaf[tag]
         spec = self.tensors.get(name) if type(name) is str else None
         if spec is None:
@@ -153,13 +163,101 @@ class Part:
         return StoredTensor(spec, {key: value for key, value in leaf.items() if key != tag})
 
 
+class _Making:
+    """Finds or makes a tensor for each one of a part, and notes where its bytes go."""
+
+    def __init__(self, codecs: Mapping[str, TensorCodec[Any]], here: Mapping[str, FlatTensor], part: Part) -> None:
+        self.part = part
+        self.fresh: list[str] = []
+        self._codecs = codecs
+        self._here = here
+        self._made: dict[str, Any] = {}
+        self._targets: dict[str, Target] = {}
+
+    def reads(self) -> list[Read]:
+        """What is to be read, once the tree is complete."""
+        return [(self.part.read, self._targets)]
+
+    def leaf(self, tag: str, content: Json) -> Any | Untold:
+        """What stands in the tree for a tagged object."""
+        if tag not in _TAGS:
+            return self._codecs[TENSOR].decode_constant(tag, content)
+        name = content[tag]
+        if name not in self._made:
+            self._made[name] = self._make(tag if tag in self._codecs else TENSOR, self.part.stored(tag, content))
+        return self._made[name]
+
+    def _make(self, tag: str, stored: StoredTensor) -> Any:
+        name, codec = stored.spec.name, self._codecs[tag]
+        present = self._here.get(name)
+        if present is not None and present.tag == tag and present.stored == stored:
+            value, address = present.value, present.address
+        else:
+            value = codec.empty(stored)
+            address = codec.address(value)
+            self.fresh.append(name)
+        if stored.spec.nbytes:
+            self._targets[name] = _taker(codec, value) if address is None else address
+        return value
+
+
+class _BoxMaking(_Making):
+    """The same where what is here are other boxes of the tensors than those that were saved.
+
+    The chief's tree is that of all. Who has a box of its own in a saved file finds most of what it needs there, so that
+    file comes first.
+    """
+
+    def __init__(self, codecs: Mapping[str, TensorCodec[Any]], here: Mapping[str, FlatTensor], own: Part) -> None:
+        ranks = own.of_all_ranks()
+        super().__init__(codecs, here, ranks[0])
+        self._sources = sorted(ranks, key=lambda part: part.read is not own.read)
+        self._stored = [{stored.spec.name: stored for stored in part.stored_tensors()} for part in self._sources]
+        self._pieces: list[dict[str, Target]] = [{} for _ in self._sources]
+
+    def reads(self) -> list[Read]:
+        chief = next(index for index, source in enumerate(self._sources) if source is self.part)
+        self._pieces[chief] |= self._targets
+        return [(source.read, wanted) for source, wanted in zip(self._sources, self._pieces, strict=True) if wanted]
+
+    def _make(self, tag: str, stored: StoredTensor) -> Any:
+        name, codec = stored.spec.name, self._codecs[tag]
+        present = self._here.get(name)
+        if not is_boxed(stored) and not (present is not None and is_boxed(present.stored)):
+            return super()._make(tag, stored)
+        placed = Placed.of(stored)
+        if present is not None and present.tag == tag and Placed.of(present.stored).same_whole(placed):
+            value, address, box = present.value, present.address, Placed.of(present.stored).box
+        else:
+            value = codec.empty(whole := whole_of(stored))
+            address, box = codec.address(value), Placed.of(whole).box
+            self.fresh.append(name)
+        self._gather(name, placed, box, _taker(codec, value) if address is None else address)
+        return value
+
+    def _gather(self, name: str, like: Placed, wanted: Box, target: Target) -> None:
+        holders = [(number, Placed.of(there[name])) for number, there in enumerate(self._stored) if name in there]
+        if not all(placed.same_whole(like) for _, placed in holders):
+            raise ValueError(f"the ranks that saved {name!r} differ in its shape or dtype")
+        try:
+            pieces = overlaps(wanted, [placed.box for _, placed in holders])
+        except ValueError as error:
+            raise ValueError(f"{name!r} is not complete: {error}") from error
+        gathered = Gathered(wanted, like.itemsize, target, len(pieces))
+        for index, common in pieces:
+            number, placed = holders[index]
+            self._pieces[number][name] = gathered.taker(common, placed.box)
+
+
+Read = tuple[ReadTensors, Mapping[str, Target]]
+
+
 @dataclass(slots=True)
 class Restoration:
     """The state of a part whose tensors are still to be read; ``tree`` is complete once ``read`` has returned."""
 
     tree: Any
-    _targets: Mapping[str, Target]
-    _read: ReadTensors
+    _reads: Sequence[Read]
     is_in_place: bool
     """Whether all of it goes into tensors that are there already."""
 
@@ -168,7 +266,8 @@ class Restoration:
 
         :raises CheckpointDamagedError: if a size or a hash is wrong; the values of all the tensors are undefined then.
         """
-        self._read(self._targets)
+        for read, targets in self._reads:
+            read(targets)
 
 
 def read_together(restorations: Sequence[Restoration]) -> None:

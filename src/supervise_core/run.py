@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from supervise_core.boundary import StepBoundary, StepCounter
@@ -149,17 +150,23 @@ class Run(Generic[SessionT]):
         """The model is ready, and what it was begun with is on disk: the others may begin with the same."""
         if self.saver is not None:
             self.saver.checkpointer.drain()
-        known = self.report.last_saved
-        if known is None and self.report.restored in self._own_checkpoints():
-            known = self.report.restored
         self.meeting.state("the first step", self.report.first_step)
         self.meeting.state("save_every=", repr(self.plan.save_every))
-        announcement = Announcement(known, self.report.first_step)
+        announcement = Announcement(self._holds_the_model(), self.report.first_step)
         try:
             self.meeting.begin(self.boundary, self.steps, announcement, max_wait_secs)
         except BaseException as error:
             self._give_up(error)
             raise
+
+    def _holds_the_model(self) -> str | None:
+        """The checkpoint that holds the model as it is begun with; None if there is none."""
+        restored = self.report.restored
+        if self.report.last_saved is not None or restored is None or restored in self._own_checkpoints():
+            return self.report.last_saved or restored
+        if self.saver is not None and self.saver.is_shared_out:  # it could not be saved by this process alone
+            return str(Path(restored).absolute())
+        return None
 
     def _leave_after_failure(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
@@ -263,9 +270,10 @@ class Run(Generic[SessionT]):
             if plan.backend.grows_at_first_step:
                 saver = self.saver
                 self.boundary.appoint("memory for checkpoints", AtSteps(step + 1), lambda _: saver.prepare())
-            if self._opened:  # late: the loop may be within a step
-                self.saver.checkpointer.request()
-            elif content is None or self.report.restored not in self._own_checkpoints():
+            is_new = content is None or self.report.restored not in self._own_checkpoints()
+            if self._opened or (is_new and self.saver.is_shared_out):
+                self.saver.checkpointer.request()  # the loop may be within a step; or the others have no state yet
+            elif is_new:
                 self.saver.checkpointer.save(step, wait=True)
         return [thread for thread in threading.enumerate() if thread not in before]
 

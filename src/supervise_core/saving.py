@@ -15,7 +15,7 @@ from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.checkpointer import Checkpointer, CheckpointLabels, PendingSave
 from supervise_core.coordinator import Coordinator
 from supervise_core.data_loop import DataLoop
-from supervise_core.errors import SessionStateError
+from supervise_core.errors import SessionStateError, UnsupportedStateError
 from supervise_core.gathering import Gathering, ShareGathering
 from supervise_core.meeting import Meeting
 from supervise_core.pages import Announcement
@@ -69,6 +69,8 @@ class RunSaver:
         gathering = (
             Gathering() if not meeting.is_synchronous or meeting.chief is None else ShareGathering(meeting.chief)
         )
+        self.is_shared_out = False
+        """Whether only the snapshots of all processes together are the state, by the last one that was taken."""
         self.checkpointer = Checkpointer(
             store, plan.keep, labels, self._capture, coordinator, report, self._committed, gathering
         )
@@ -162,11 +164,21 @@ class RunSaver:
             snapshot = self._snapshot(self._session, staging)
         finally:
             staging.discard()
+        self._check_pieces(snapshot)
         metrics = self._metrics[1] if self._metrics[0] == step else {}
         if not snapshot.consistent:
             self._warn_of_concurrency()
         taken_at = step if snapshot.step is None else snapshot.step
         return PendingSave(taken_at, snapshot, run_state, metrics, consistent=snapshot.consistent)
+
+    def _check_pieces(self, snapshot: Snapshot) -> None:
+        self.is_shared_out = bool(snapshot.pieces)
+        if self.is_shared_out and not self._meeting.is_synchronous:
+            raise UnsupportedStateError(
+                snapshot.pieces[0],
+                "it holds pieces of tensors that several processes share out among them, and this run knows nothing of "
+                "the others; pass a membership= that is synchronous",
+            )
 
     def prepare(self) -> None:
         """Have memory for the state as it is now, made by a thread beside the loop: the next save finds it there."""

@@ -370,17 +370,23 @@ class SessionManager(Generic[SessionT]):
             raise NotReadyError(
                 f"the chief has restored {name}, and this process has no logdir or no saver; give it the same arguments"
             )
-        known = {store.name_of(checkpoint): checkpoint for checkpoint in store.checkpoints()}
-        if name not in known:
-            raise CheckpointNotFoundError(
-                f"the chief has restored {name}, and this process sees no such checkpoint in {store.location}; "
-                "a log directory must be on a file system that all processes share, and the same one"
-            )
-        with store.open(known[name]) as reader:
+        with self._open_announced(store, name) as reader:
             content = store.format.read(reader).of_rank(rank)
             load(session, content.parts)  # the chief has verified what this one does not read
         self.recovery.restored = name
         self.recovery.content = content
+
+    def _open_announced(self, store: CheckpointStore, name: str) -> CheckpointReader:
+        """One of the log directory; or one of another that the chief was told to begin with, by its path."""
+        known = {store.name_of(checkpoint): checkpoint for checkpoint in store.checkpoints()}
+        if name in known:
+            return store.open(known[name])
+        if os.sep in name:
+            return self._open_chosen(Path(name))
+        raise CheckpointNotFoundError(
+            f"the chief has restored {name}, and this process sees no such checkpoint in {store.location}; "
+            "a log directory must be on a file system that all processes share, and the same one"
+        )
 
     def _recover_from_store(self, session: SessionT, load: Load[SessionT], resume: Resume) -> bool:
         store = self._store

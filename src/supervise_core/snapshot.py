@@ -91,7 +91,7 @@ class PartImage:
 
     ``changed_at`` says of each tensor in which snapshot of the same ``Staging`` its bytes were last others than in the
     one before. ``number`` is that of this snapshot. No file is to be larger than ``shard_bytes``. ``per_rank``: where
-    several processes train together, each has its own.
+    several processes train together, each has its own; ``is_piece``: only all of them together are the state.
     """
 
     name: str
@@ -101,6 +101,7 @@ class PartImage:
     number: int
     shard_bytes: int
     per_rank: bool = False
+    is_piece: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,11 @@ class Snapshot:
     """Whether no step was made while it was taken, as far as can be told."""
     is_live: bool = False
     """Whether it only looks at the program's own tensors, which must not change until it is written."""
+
+    @property
+    def pieces(self) -> list[str]:
+        """The parts of which this process has only a piece."""
+        return [part.name for part in self.parts.values() if part.is_piece]
 
     def finish(self) -> None:
         """Wait until every copy has ended."""

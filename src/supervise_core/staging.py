@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from supervise_core.boxes import is_boxed
 from supervise_core.disk import BLOCK
+from supervise_core.errors import UnsupportedStateError
 from supervise_core.flattening import Flattening, FlatTensor, codecs_of
 from supervise_core.memory import Move, address_of, bring_up_to_date, no_collection, own_memory, view_at
 from supervise_core.safetensors_format import Layout, lay_out
@@ -47,7 +49,8 @@ class Staging:
     def put(self, part: str, state: Any, codec: TensorCodec[Any] | None = None, *, per_rank: bool = False) -> None:
         """Copy one part: a tree whose leaves are tensors that ``codec`` knows, NumPy arrays, or plain values.
 
-        ``per_rank``: where several processes train together, each has its own; other parts are the same on all.
+        ``per_rank``: where several processes train together, each has its own; other parts are the same on all. So
+        must a part be put that holds pieces of tensors (see ``boxes``), whether this process has one or not.
 
         :raises UnsupportedStateError: for a value that would not come back; names its path. Nothing is kept of it.
         :raises ValueError: if the part cannot bear this name, or was put already.
@@ -63,11 +66,18 @@ class Staging:
             names = self._names.setdefault(part, {})
             flat = Flattening(part, codecs_of(codec), names)
             skeleton = flat.encode(state)
+            boxes = [name for name, tensor in flat.tensors.items() if is_boxed(tensor.stored)]
+            if boxes and not per_rank:
+                raise UnsupportedStateError(
+                    f"{part}: {boxes[0]}", "it is a piece of a larger tensor; put the part with per_rank=True"
+                )
             if len(names) > 2 * len(flat.tensors) + _NAMES_TO_SPARE:
                 names.clear()  # the keys of this state change all the time
             number = self._next_number()
             files, changed_at = self._take(flat, number)
-        self._parts[part] = PartImage(part, skeleton, files, changed_at, number, self._shard_bytes, per_rank)
+        self._parts[part] = PartImage(
+            part, skeleton, files, changed_at, number, self._shard_bytes, per_rank, is_piece=bool(boxes)
+        )
 
     def snapshot(self, step: int | None = None, consistent: bool = True) -> Snapshot:
         """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import multiprocessing
 import os
 import re
 import struct
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from supervise_core import EverySteps, KeepAll, Supervisor
+from core.test_boxes import Piece, PieceCodec
+from supervise_core import EverySteps, FileMembership, KeepAll, Supervisor
 from supervise_core.staging import Staging
 from supervise_numpy import ArrayBackend
 
@@ -45,23 +47,43 @@ class Reader:
             assert xxhash.xxh3_128_hexdigest(content) == record["xxh3_128"]
         self.state = json.loads((path / "state.json").read_bytes())
         assert sorted(self.state["parts"]) == sorted(self.manifest["parts"])
+        self.ranks = {"0": self.state}
+        if (path / "ranks.json").exists():
+            self.ranks |= json.loads((path / "ranks.json").read_bytes())["ranks"]
+            assert len(self.ranks) == self.run()["ranks"]
 
-    def part(self, name: str) -> Any:
+    def part(self, name: str, rank: int = 0) -> Any:
+        if rank and name in self.state.get("per_rank", []):
+            return self._tree(self.ranks[str(rank)]["parts"][name], self._tensors(name, f"rank-{rank:05d}."))
         return self._tree(self.state["parts"][name], self._tensors(name))
 
-    def run(self) -> Any:
-        return self._tree(self.state["run"], {})
+    def run(self, rank: int = 0) -> Any:
+        return self._tree(self.ranks[str(rank)]["run"], {})
 
-    def _tensors(self, part: str) -> dict[str, Any]:
-        index = self.path / f"{part}.safetensors.index.json"
+    def whole(self, part: str) -> Any:
+        """A part with its tensors put together from those of all ranks."""
+        assert part in self.state["per_rank"]
+        pieces: dict[str, list[tuple[Any, Any]]] = {}
+        for rank, state in self.ranks.items():
+            tensors = self._tensors(part, "" if rank == "0" else f"rank-{int(rank):05d}.")
+            for node in leaves(state["parts"][part]):
+                tensor = tensors[node["$tensor"]]
+                if "dtype" in node:
+                    tensor = tensor.view(node["dtype"]).reshape(node["shape"])
+                pieces.setdefault(node["$tensor"], []).append((node.get("box"), tensor))
+        tensors = {name: assembled(found) for name, found in pieces.items()}
+        return self._tree(without_boxes(self.state["parts"][part]), tensors)
+
+    def _tensors(self, part: str, prefix: str = "") -> dict[str, Any]:
+        index = self.path / f"{prefix}{part}.safetensors.index.json"
         if index.exists():
             document = json.loads(index.read_bytes())
-            files = {file: self._file(file) for file in set(document["weight_map"].values())}
+            files = {file: self._file(prefix + file) for file in set(document["weight_map"].values())}
             tensors = {name: files[file][name] for name, file in document["weight_map"].items()}
             assert sum(tensor.nbytes for tensor in tensors.values()) == document["metadata"]["total_size"]
             self._check_order(document["weight_map"], files)
             return tensors
-        single = f"{part}.safetensors"
+        single = f"{prefix}{part}.safetensors"
         return self._file(single) if (self.path / single).exists() else {}
 
     @staticmethod
@@ -131,6 +153,32 @@ class Reader:
         return tree(node)
 
 
+def leaves(node: Any) -> list[dict[str, Any]]:
+    if isinstance(node, dict):
+        return [node] if "$tensor" in node else [leaf for value in node.values() for leaf in leaves(value)]
+    return [leaf for item in node for leaf in leaves(item)] if isinstance(node, list) else []
+
+
+def without_boxes(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {"$tensor": node["$tensor"]} if "box" in node else {key: without_boxes(node[key]) for key in node}
+    return [without_boxes(item) for item in node] if isinstance(node, list) else node
+
+
+def assembled(pieces: list[tuple[Any, Any]]) -> Any:
+    """The whole of which these are the pieces; each element must be there."""
+    box, first = pieces[0]
+    if box is None:
+        return first
+    whole, filled = np.zeros(box["of"], first.dtype), np.zeros(box["of"], bool)
+    for box, piece in pieces:
+        assert box["of"] == list(whole.shape)
+        place = tuple(slice(at, at + side) for at, side in zip(box["at"], piece.shape, strict=True))
+        whole[place], filled[place] = piece, True
+    assert filled.all()
+    return whole
+
+
 class Anything(ArrayBackend):
     """Keeps values of every kind that a state may have, beside its arrays."""
 
@@ -178,6 +226,59 @@ def test_a_second_reader_reads_what_was_written(tmp_path: Path) -> None:
             assert np.array_equal(values[name], value) if isinstance(value, np.ndarray) else values[name] == value
     last = tmp_path / "model.ckpt-4"
     assert os.stat(last / "model-00001-of-00002.safetensors").st_nlink > 1, "nothing was shared: the test tests less"
+
+
+class Shares(ArrayBackend):
+    """One process's rows of tensors, and a number of its own."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__({"w": np.arange(3.0)})
+        rows = slice(3 * rank, min(3 * rank + 3, 8))
+        self.state = {
+            "layers": [Piece(whole[rows].copy(), whole.shape, (rows.start, 0)) for whole in (WIDE, LONG)],
+            "again": (piece := Piece(np.float32(WIDE[rows]), WIDE.shape, (rows.start, 0))), "rank": rank, "tied": piece,
+        }  # fmt: skip
+
+    def snapshot(self, session: Any, staging: Staging) -> Any:
+        staging.put("pieces", self.state, PieceCodec(), per_rank=True)
+        return super().snapshot(session, staging)
+
+
+WIDE = np.random.default_rng(2).normal(size=(8, 70))
+LONG = np.arange(8 * 1000).reshape(8, 1000).astype("M8[s]")
+
+
+def train_together(rank: int, logdir: str) -> None:
+    backend = Shares(rank)
+    membership = FileMembership(logdir, rank, 3, synchronous=True)
+    sv = Supervisor(
+        backend, logdir, membership=membership, save_every=EverySteps(1), keep=KeepAll(), signals=False,
+        staging=Staging(10_000),
+    )  # fmt: skip
+    with sv.managed_session() as session:
+        while not sv.should_stop() and session.global_step < 2:
+            session.global_step += 1
+
+
+def test_a_second_reader_puts_together_what_several_processes_saved(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=train_together, args=(rank, str(tmp_path))) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    reader = Reader(tmp_path / "model.ckpt-2")
+    assert any(name.startswith("rank-00002.pieces-00001-of") for name in reader.manifest["files"])
+    for rank in range(3):
+        assert reader.part("pieces", rank)["rank"] == rank
+        assert reader.part("model", rank)["w"].tolist() == [0, 1, 2]
+        assert reader.run(rank)["began"] == 0
+    whole = reader.whole("pieces")
+    assert whole["rank"] == 0
+    assert whole["tied"] is whole["again"]
+    assert whole["again"].tobytes() == np.float32(WIDE).tobytes()
+    assert [layer.tobytes() for layer in whole["layers"]] == [WIDE.tobytes(), LONG.tobytes()]
 
 
 def test_the_second_reader_notices_damage(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ SHORT = {
     "07_tf_graph_backend.py": ["--epochs", "1"],
     "08_keras_custom_loop.py": ["--epochs", "1"],
     "09_ddp.py": ["--epochs", "1"],
+    "10_fsdp2.py": ["--epochs", "1"],
     "11_tf_cluster.py": ["--steps", "60"],
     "12_searches.py": ["--workers", "2", "--trials", "3"],
 }
@@ -33,6 +34,7 @@ LONGER = {
     "07_tf_graph_backend.py": ["--epochs", "2"],
     "08_keras_custom_loop.py": ["--epochs", "2"],
     "09_ddp.py": ["--epochs", "2"],
+    "10_fsdp2.py": ["--epochs", "2"],
     "11_tf_cluster.py": ["--steps", "90"],
     "12_searches.py": ["--workers", "2", "--trials", "5"],
 }
@@ -44,10 +46,11 @@ NEEDS = {
     "07_tf_graph_backend.py": "tensorflow",
     "08_keras_custom_loop.py": "tensorflow",
     "09_ddp.py": "torch",
+    "10_fsdp2.py": "torch",
     "11_tf_cluster.py": "tensorflow",
     "12_searches.py": "sklearn",
 }
-TORCHRUN = {"09_ddp.py": 2}
+TORCHRUN = {"09_ddp.py": 2, "10_fsdp2.py": 2}
 
 
 def command(name: str, logdir: Path, *arguments: str) -> list[str]:

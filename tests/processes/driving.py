@@ -117,10 +117,10 @@ def started(program: str, *arguments: object) -> Iterator[Running]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def run(program: str, *arguments: object) -> Outcome:
+def run(program: str, *arguments: object, limit: float = _LIMIT) -> Outcome:
     """A program from its beginning to its end."""
     with started(program, *arguments) as running:
-        return running.end()
+        return running.end(limit)
 
 
 def newest_step(logdir: Path) -> int:

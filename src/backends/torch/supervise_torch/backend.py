@@ -11,14 +11,15 @@ from torch.utils.data import DataLoader
 
 from supervise_core.backend import Backend
 from supervise_core.data_source import BatchSource, is_stateful
-from supervise_core.parts import Parts, read_together
+from supervise_core.parts import Part, Parts, Restoration, read_together
 from supervise_core.process_random import RandomState
 from supervise_core.readiness import NotReady, Readiness, Ready
 from supervise_core.snapshot import Snapshot, check_part_name
 from supervise_core.staging import Staging
 from supervise_core.tensors import TensorCodec
-from supervise_torch.codec import TorchCodec
+from supervise_torch.codec import OutlineCodec, TorchCodec
 from supervise_torch.compatibility import check_module, check_optimizer, check_parts
+from supervise_torch.dtensors import are_dtensors_used, is_dtensor, is_shared_out, own_of, shards_like, shards_of_state
 from supervise_torch.loader import LoaderSource
 from supervise_torch.random_state import seed_everything, set_torch_random_state, torch_random_state
 
@@ -126,7 +127,8 @@ class TorchBackend(Backend[TorchSession]):
             for module in self._modules().values():
                 for child in module.modules():
                     reset = getattr(child, "reset_parameters", None)
-                    if callable(reset) and any(tensor.is_meta for tensor in _own_tensors(child)):
+                    lacking = [tensor for tensor in _own_tensors(child) if tensor.is_meta]
+                    if callable(reset) and lacking and not any(map(is_dtensor, lacking)):
                         _materialise(child, self._device)
                         reset()
 
@@ -158,16 +160,21 @@ class TorchBackend(Backend[TorchSession]):
 
     def snapshot(self, session: TorchSession, staging: Staging) -> Snapshot:
         metadata: dict[str, Any] = {}
+        shared_out: set[str] = set()
         for name, part in self._parts.items():
             state = _state_of(part)
             if isinstance(part, torch.nn.Module):
                 metadata[name] = {key: dict(entry) for key, entry in getattr(state, "_metadata", {}).items()}
-            staging.put(name, state, self.codec)
+            if are_dtensors_used() and any(is_shared_out(tensor) for tensor in _tensors_in(state)):
+                shared_out.add(name)
+            staging.put(name, state, self.codec, per_rank=name in shared_out)
         own: dict[str, Any] = {
             "global_step": session.steps, "metadata": metadata, "random": self.random_state(session),
         }  # fmt: skip
         if not staging.keeps_shared_parts:  # what is counted in buffers, each rank has counted on its own batches
-            own["buffers"] = {name: _saved_buffers(module) for name, module in self._modules().items()}
+            own["buffers"] = {
+                name: _saved_buffers(module) for name, module in self._modules().items() if name not in shared_out
+            }
         staging.put(_OWN_PART, own, self.codec, per_rank=True)
         return staging.snapshot()
 
@@ -175,7 +182,7 @@ class TorchBackend(Backend[TorchSession]):
         check_parts([*self._parts, _OWN_PART], parts)
         own = parts[_OWN_PART].tree(self.codec)
         with torch.no_grad():
-            saved = {name: parts[name].restoration(self.codec, _present(part)) for name, part in self._parts.items()}
+            saved = {name: self._restoration(part, parts[name]) for name, part in self._parts.items()}
             for name, part in self._parts.items():
                 if isinstance(part, torch.nn.Module):
                     check_module(name, part, saved[name].tree)
@@ -183,7 +190,7 @@ class TorchBackend(Backend[TorchSession]):
                     check_optimizer(name, part, saved[name].tree)
             for name, part in self._parts.items():
                 if isinstance(part, torch.nn.Module) and _materialise_all(part, self._device):
-                    saved[name] = parts[name].restoration(self.codec, _present(part))
+                    saved[name] = self._restoration(part, parts[name])
             at_once = [
                 name
                 for name, part in self._parts.items()
@@ -204,6 +211,14 @@ class TorchBackend(Backend[TorchSession]):
             _put_buffers(self._parts[name], buffers)
         if parts[_OWN_PART].is_own:  # else it is the chief's, and every rank would draw the same
             self.set_random_state(session, own["random"])
+
+    def _restoration(self, part: Any, saved: Part) -> Restoration:
+        present = _present(part)
+        if isinstance(part, torch.optim.Optimizer) and any(map(is_dtensor, _parameters_of(part))):
+            outline = saved.restoration(OutlineCodec(), present).tree
+            check_optimizer(saved.name, part, outline)
+            present = shards_of_state(part, outline, present)
+        return saved.restoration(self.codec, present)
 
     # ---- random state
 
@@ -272,11 +287,16 @@ def _present(part: Any) -> Any:
     which costs nothing.
     """
     if isinstance(part, torch.nn.Module):
-        return dict(_plainly_loaded(part))
-    if not isinstance(part, torch.optim.Optimizer) or not _is_plain_optimizer(part):
+        if not are_dtensors_used():
+            return dict(_plainly_loaded(part))
+        here = part.state_dict()  # which has FSDP go back to the shards that it keeps its parameters in
+        plain = dict(_plainly_loaded(part))
+        return shards_like({name: tensor for name, tensor in here.items() if name not in plain}) | plain
+    if not isinstance(part, torch.optim.Optimizer):
+        return shards_like(part.state_dict()) if are_dtensors_used() and is_stateful(part) else None
+    if not _is_plain_optimizer(part):
         return None
-    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-    taken = {_storage_of(parameter) for parameter in parameters}
+    taken = {_storage_of(parameter) for parameter in _parameters_of(part)}
     state = part.state_dict()["state"].items()
     return {
         "state": {key: entry for key, entry in state if not any(_storage_of(t) in taken for t in _tensors_in(entry))}
@@ -291,7 +311,8 @@ def _plainly_loaded(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple
     for method in (kind._save_to_state_dict, kind._load_from_state_dict):
         if not method.__module__.startswith("torch.nn.modules."):
             return
-    if module._state_dict_pre_hooks or module._state_dict_hooks or module._load_state_dict_pre_hooks:
+    hooks = (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks)
+    if not all(_is_of_fsdp(hook) for kind_of_hook in hooks for hook in kind_of_hook.values()):
         return
     for own in (module._parameters, module._buffers):
         for name, tensor in own.items():
@@ -300,6 +321,12 @@ def _plainly_loaded(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple
     for name, child in module._modules.items():
         if child is not None:
             yield from _plainly_loaded(child, f"{prefix}{name}.")
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    """Whether a hook is one by which ``fully_shard`` goes back to its shards, and that changes no state."""
+    function = getattr(hook, "hook", hook)
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp._fully_shard.")
 
 
 def _is_plain_optimizer(optimizer: torch.optim.Optimizer) -> bool:
@@ -312,6 +339,10 @@ def _is_plain_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
@@ -321,6 +352,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _storage_of(tensor: torch.Tensor) -> int:
+    tensor = own_of(tensor)
     return 0 if is_lazy(tensor) or tensor.layout is not torch.strided else tensor.untyped_storage().data_ptr()
 
 
@@ -356,6 +388,8 @@ def _put_buffers(module: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> 
 def _lacks_values(tensor: torch.Tensor) -> str:
     if is_lazy(tensor):
         return "a lazy parameter; run the model once, in init_fn="
+    if tensor.is_meta and is_dtensor(tensor):
+        return "on the meta device and shared out; give it values on all ranks before the session"
     return "on the meta device; give it values in init_fn=" if tensor.is_meta else ""
 
 

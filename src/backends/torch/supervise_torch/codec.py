@@ -11,6 +11,7 @@ import torch
 from supervise_core.memory import Move, address_of
 from supervise_core.tagged_json import UNTOLD, Json, Untold
 from supervise_core.tensors import Arrival, Stored, StoredTensor, TensorCodec
+from supervise_torch.dtensors import describe_piece, is_dtensor, layout_of, own_of
 
 _DTYPES: Final = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
@@ -26,7 +27,10 @@ _PLAIN_TYPES: Final = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buff
 
 
 class TorchCodec(TensorCodec[torch.Tensor]):
-    """Dense tensors. Strides that only permute the dimensions (``channels_last``, transposed) are kept."""
+    """Dense tensors. Strides that only permute the dimensions (``channels_last``, transposed) are kept.
+
+    Of a ``DTensor`` it is this process's own piece, with its place in the whole.
+    """
 
     def __init__(self) -> None:
         self._free: dict[int, list[torch.Tensor]] = {}  # pinned buffers by their size in bytes
@@ -39,6 +43,9 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         dtype = _DTYPES.get(value.dtype)
         if dtype is not None and value.is_cpu and type(value) in _PLAIN_TYPES and _is_plainly_contiguous(value):
             return Stored(dtype, tuple(value.shape))  # nearly all of them, and this is done for each in every snapshot
+        if is_dtensor(value):
+            stored = self.describe(own_of(value))
+            return stored._replace(extra={**stored.extra, **describe_piece(value)})
         _check_dense(value)
         extra: dict[str, Json] = {}
         if value.numel() and not value.is_contiguous() and _is_permuted(value):
@@ -53,7 +60,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         on_cuda: dict[torch.device, list[tuple[torch.Tensor, memoryview]]] = {}
         with torch.no_grad():
             for tensor, memory in pairs:
-                plain = tensor.detach().resolve_conj().resolve_neg()
+                plain = own_of(tensor).detach().resolve_conj().resolve_neg()
                 if plain.device.type == "cuda":
                     on_cuda.setdefault(plain.device, []).append((plain, memory))
                 else:
@@ -77,6 +84,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         return _empty(shape, dtype, stored.extra.get("strides"))
 
     def copy_in(self, tensor: torch.Tensor, data: memoryview) -> None:
+        tensor = own_of(tensor)
         plain = torch.frombuffer(data, dtype=torch.uint8)
         if plain.data_ptr() % tensor.dtype.itemsize:
             plain = plain.clone()  # PyTorch crashes on wide elements that are not aligned
@@ -85,11 +93,13 @@ class TorchCodec(TensorCodec[torch.Tensor]):
             _copyable(tensor).copy_(_copyable(values))
 
     def address(self, value: torch.Tensor) -> int | None:
+        value = own_of(value)
         if not value.is_cpu or not _is_plainly_contiguous(value) or value.is_conj() or value.is_neg():
             return None
         return value.data_ptr()
 
     def is_writable(self, value: torch.Tensor) -> bool:
+        value = own_of(value)
         return all(stride for stride, side in zip(value.stride(), value.shape, strict=True) if side > 1)
 
     def dtype_and_shape(self, stored: StoredTensor) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -102,6 +112,9 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         return dtype, tuple(stored.extra["shape"])
 
     def identity(self, value: torch.Tensor) -> Hashable | None:
+        if is_dtensor(value):
+            own = self.identity(own_of(value))
+            return None if own is None else (own, layout_of(value))
         if type(value) not in _PLAIN_TYPES or value.layout is not torch.strided or not value.numel():
             return None
         if value.is_nested or value.is_meta or value.is_conj() or value.is_neg():
@@ -159,6 +172,13 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         free = self._free.get(nbytes)
         buffer = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+
+class OutlineCodec(TorchCodec):
+    """Makes tensors that have no memory, to learn what was saved."""
+
+    def empty(self, stored: StoredTensor) -> torch.Tensor:
+        return torch.empty(self.dtype_and_shape(stored)[1], dtype=self.dtype_and_shape(stored)[0], device="meta")
 
 
 def _check_dense(value: torch.Tensor) -> None:
