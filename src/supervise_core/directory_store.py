@@ -315,6 +315,10 @@ class _DirectoryDraft(Draft):
         self._path = path
         self._unsynced = unsynced
 
+    @property
+    def location(self) -> str:
+        return str(self._path.relative_to(self._store.path))
+
     def write(self, file: str, chunks: Iterable[Chunk]) -> None:
         self._store.write(self._path, check_file_name(file), chunks, self._unsynced)
 
