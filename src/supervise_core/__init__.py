@@ -2,13 +2,14 @@
 
 The floors of this package, from what users call down to what knows nothing; imports go down only, never sideways::
 
-    17   __main__, supervisor
-    16   cli, lifecycle
-    15   run
-    14   saving
-    13   meeting
-    12   plan, reading, standard_services
-    11   checkpointer, session_manager
+    18   __main__, supervisor
+    17   cli, lifecycle
+    16   run
+    15   bringing_up, saving
+    14   meeting
+    13   plan, reading, standard_services
+    12   checkpointer, session_manager
+    11   recovery
     10   arguments, directory_store, gathering, operations, plugins, retrying
      9   backend, checkpoint_store, membership
      8   checkpoint_files, chief, worker
@@ -18,13 +19,14 @@ The floors of this package, from what users call down to what knows nothing; imp
      4   data_loop, flattening, manifest, snapshot
      3   boxes, data_stream, hookspecs, numpy_codec, safetensors_format, services
      2   boundary, looper, report, signals, tensors, watchdog
-     1   agreement, coordinator, data_source, file_board, lease, memory, retention, summaries, tagged_json, triggers
+     1   agreement, coordinator, data_source, file_board, lease, memory, retention, summaries, tagged_json,
+         triggers
      0   board, clock, disk, errors, host, process_random, readiness
 
-Floors 12 to 17 are the road of a run and its loop; 11 saves and recovers; 4 to 10 are state in memory, checkpoints on
-disk, the other processes of a run and the port to a framework; 0 to 3 are values, time, threads, and formats. A machine
-checks this, and that no module is left out (``[tool.importlinter]`` in ``pyproject.toml``). Nothing here imports a
-framework; NumPy is imported when the first array is met. ``testing`` is for tests, and nothing imports it.
+Floors 13 to 18 are the road of a run and its loop; 11 and 12 save and recover; 4 to 10 are state in memory, checkpoints
+on disk, the other processes of a run and the port to a framework; 0 to 3 are values, time, threads, and formats. A
+machine checks this, and that no module is left out (``[tool.importlinter]`` in ``pyproject.toml``). Nothing here imports
+a framework; NumPy is imported when the first array is met. ``testing`` is for tests, and nothing imports it.
 """
 
 from __future__ import annotations

@@ -341,6 +341,13 @@ class Chief(Member):
                 raise OSError(errno.EIO, f"{self._names([rank])} has no share for step {draft.step}: {share.problem}")
         return shares
 
+    def skip(self, step: int, problem: str) -> None:
+        """Say that there is no checkpoint of a step at which all expect one, all at once, so that nobody begins it."""
+        with self._lock:
+            self._drafts += 1
+            self._mine = self._mine.with_outcome(Outcome(self._drafts, None, problem))
+            self._tell(draft=OpenDraft(self._drafts, step, ""))
+
     def settle(self, draft: OpenDraft, checkpoint: str | None, problem: str = "") -> None:
         """Say what became of a draft."""
         with self._lock:

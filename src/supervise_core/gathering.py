@@ -87,7 +87,7 @@ class ShareGathering(Gathering):
             self._chief.settle(draft, checkpoint, problem)
 
     def skip(self, step: int) -> None:
-        self._chief.settle(self._chief.open_draft(step, ""), None, "it is put off, after one that failed")
+        self._chief.skip(step, "it is put off, after one that failed")
 
 
 class ShareStore(CheckpointStore):
@@ -114,6 +114,8 @@ class ShareStore(CheckpointStore):
         if draft is None:
             raise SaveNotWantedError(f"the chief takes no checkpoint of step {step}")
         self._last_draft = draft.number
+        if not draft.directory and (outcome := self._worker.await_outcome(draft, self._limit)).checkpoint is None:
+            raise SaveNotWantedError(f"the chief takes no checkpoint of step {step}: {outcome.problem}")
         return draft
 
     def write_into(self, location: str, file: str, pieces: Iterable[memoryview], size: int) -> None:

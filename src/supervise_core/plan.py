@@ -14,9 +14,10 @@ from supervise_core.coordinator import Coordinator
 from supervise_core.membership import Membership
 from supervise_core.operations import Operations
 from supervise_core.plugins import RunHooks
+from supervise_core.recovery import Resume
 from supervise_core.retention import Retention
 from supervise_core.services import Service
-from supervise_core.session_manager import Resume, SessionManager
+from supervise_core.session_manager import SessionManager
 from supervise_core.staging import Staging
 from supervise_core.summaries import EventSink
 from supervise_core.triggers import Trigger

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from supervise_core.boundary import StepBoundary, StepCounter
+from supervise_core.bringing_up import bring_up
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.coordinator import Coordinator, StopCause, stack_of
 from supervise_core.data_loop import DataLoop, RandomPort
@@ -26,7 +26,7 @@ from supervise_core.report import RunReport
 from supervise_core.saving import RunSaver
 from supervise_core.services import Service, ServiceContext
 from supervise_core.signals import StopSignals, exception_of, exit_status_of
-from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
+from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService, renew_lease
 from supervise_core.summaries import EventSink, read_value
 from supervise_core.triggers import AtSteps, StepsOnly, Trigger
 
@@ -83,7 +83,7 @@ class Run(Generic[SessionT]):
             self.meeting.join()
             if not opening.wait_for_checkpoint:
                 self._take_lease(road)
-            self.session = self._bring_up(opening)
+            self.session = bring_up(plan, opening, self.meeting, self.coordinator, self.report)
             road.callback(self._close_session)
             if opening.wait_for_checkpoint:  # somebody else writes there until then
                 self._take_lease(road)
@@ -106,45 +106,6 @@ class Run(Generic[SessionT]):
         if plan.store is not None and plan.is_chief and plan.operations.snapshot is not None:
             plan.store.acquire()
             road.callback(plan.store.release)
-
-    def _bring_up(self, opening: Opening) -> Any:
-        if opening.session is not None:
-            return opening.session
-        if self.meeting.worker is not None:
-            announced = self.meeting.adopt(opening.max_wait_secs)
-            if not self.plan.backend.shares_model(opening.master):
-                return self._adopt(opening, announced)
-        if not self.plan.is_chief:
-            return self.manager.wait_for_session(
-                opening.master, opening.config, opening.max_wait_secs, self.coordinator
-            )
-        session = self.manager.prepare_session(
-            opening.master, opening.config,
-            resume=self.plan.resume, wait_for_checkpoint=opening.wait_for_checkpoint,
-            max_wait_secs=opening.max_wait_secs, stop=self.coordinator,
-        )  # fmt: skip
-        self._note_recovery()
-        return session
-
-    def _adopt(self, opening: Opening, announced: Announcement) -> Any:
-        rank = self.plan.membership.rank
-        while True:
-            try:
-                session = self.manager.adopt_session(opening.master, opening.config, announced.checkpoint, rank)
-            except FileNotFoundError:
-                # it may be pruned by now, and the chief has announced a later one
-                earlier, announced = announced, self.meeting.adopt(opening.max_wait_secs)
-                if announced == earlier:
-                    raise
-            else:
-                self._note_recovery()
-                return session
-
-    def _note_recovery(self) -> None:
-        recovery = self.manager.recovery
-        _log.info("%s", recovery)
-        self.report.restored = recovery.restored
-        self.report.set_aside = recovery.set_aside
 
     def _meet_the_others(self, max_wait_secs: float) -> None:
         """The model is ready, and what it was begun with is on disk: the others may begin with the same."""
@@ -237,7 +198,7 @@ class Run(Generic[SessionT]):
         timer = threading.Thread(target=self._keep_time, name="supervise-core timer", daemon=True)
         self.coordinator.register(timer)
         if self.plan.store is not None and self.plan.store.is_writer:
-            Looper(self.coordinator, BEAT_EVERY, _beat, (self.plan.store,), name="supervise-core lease").start()
+            Looper(self.coordinator, BEAT_EVERY, renew_lease, (self.plan.store,), name="supervise-core lease").start()
         try:
             if standard and self.plan.logdir is not None and self.plan.is_chief:
                 self.start_standard_services()
@@ -474,7 +435,7 @@ class Run(Generic[SessionT]):
         report.cause = self.coordinator.cause
         report.errors = list(self.coordinator.errors)
         failed = bool(report.errors) and not self._was_ended_by_signal()
-        report.exit_status = 1 if failed else _exit_status(self._left_by, self._signals)
+        report.exit_status = 1 if failed else self._signals.exit_status(self._left_by)
         _log.info("run ended: %s", report)
         self.plan.hooks.call("supervise_run_closed", report=report)
 
@@ -516,24 +477,3 @@ class Run(Generic[SessionT]):
             return False
         self._signals.end_process_as_signalled()
         return error is not None
-
-
-def _exit_status(left_by: BaseException | None, signals: StopSignals) -> int:
-    """What Python would end a process with that was left so."""
-    match left_by:
-        case KeyboardInterrupt():
-            return exit_status_of(signal.SIGINT)
-        case SystemExit(code=int(code)):
-            return code
-        case SystemExit(code=code) if code is not None:
-            return 1
-        case _:
-            return 0 if signals.first is None else exit_status_of(signals.first)
-
-
-def _beat(store: CheckpointStore) -> None:
-    """A beat that the disk does not take is no reason to stop; a lease that is lost is."""
-    try:
-        store.beat()
-    except OSError as error:
-        _log.warning("the lease of %s could not be renewed (%s); trying again", store.location, error)

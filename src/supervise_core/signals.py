@@ -83,6 +83,18 @@ class StopSignals:
         if self.first is not None:
             raise exception_of(self.first)
 
+    def exit_status(self, left_by: BaseException | None) -> int:
+        """What Python ends a process with whose session was left by that."""
+        match left_by:
+            case KeyboardInterrupt():
+                return exit_status_of(signal.SIGINT)
+            case SystemExit(code=int(code)):
+                return code
+            case SystemExit(code=code) if code is not None:
+                return 1
+            case _:
+                return 0 if self.first is None else exit_status_of(self.first)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             signal.signal(number, self._before.get(signal.Signals(number), signal.SIG_DFL))  # a forked child has

@@ -23,10 +23,11 @@ from supervise_core.membership import LocalMembership, Membership
 from supervise_core.operations import USE_BACKEND, Default, Operations
 from supervise_core.plan import Opening, Plan
 from supervise_core.plugins import hooks_of_run
+from supervise_core.recovery import Resume
 from supervise_core.report import RunReport
 from supervise_core.retention import KeepLatest, Retention
 from supervise_core.services import Service
-from supervise_core.session_manager import Resume, SessionManager
+from supervise_core.session_manager import SessionManager
 from supervise_core.snapshot import Snapshot
 from supervise_core.staging import NoStaging, Staging
 from supervise_core.summaries import EventLog, EventSink, read_number, read_value

@@ -14,7 +14,7 @@ import supervise_core
 from supervise_core.coordinator import StopSignal
 from supervise_core.errors import NotReadyError, ReadinessTimeoutError
 from supervise_core.operations import Operations
-from supervise_core.session_manager import Recovery, Resume
+from supervise_core.recovery import Recovery, Resume
 from supervise_tf.announcement import Announcement
 from supervise_tf.bundle_store import BundleStore
 from supervise_tf.graph import GraphBackend, run_saved_model_initialisers

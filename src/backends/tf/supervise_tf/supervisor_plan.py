@@ -19,9 +19,9 @@ from supervise_core.membership import LocalMembership
 from supervise_core.operations import Operations
 from supervise_core.plan import Plan
 from supervise_core.plugins import hooks_of_run
+from supervise_core.recovery import Recovery, Resume
 from supervise_core.retention import KeepAll, KeepEverySeconds, KeepLatest, Retention
 from supervise_core.services import Service, ServiceContext
-from supervise_core.session_manager import Recovery, Resume
 from supervise_core.staging import Staging
 from supervise_core.summaries import EventSink
 from supervise_core.triggers import EverySeconds
