@@ -17,8 +17,8 @@ TEAR = """
 import torch
 from supervise_core.staging import Staging
 put = Staging.put
-def torn(self, part, state, codec=None):
-    put(self, part, state, codec)
+def torn(self, part, state, codec=None, **options):
+    put(self, part, state, codec, **options)
     if part == "model":
         torch._foreach_add_(measured.optimizer._everything[:5], saving_state.UNIT)  # these would be of the next step
 Staging.put = torn
