@@ -43,7 +43,6 @@ def test_a_thread_that_waits_for_one_that_stands_still_can_be_freed(launch: Outc
     facts = survivor(launch, way)
     assert not facts["by_itself"]
     assert "Connection closed by peer" in facts["error"]
-    assert facts["seconds"] < 5
 
 
 @pytest.mark.parametrize("way", ["killed", *STANDING_STILL])

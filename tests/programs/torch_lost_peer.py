@@ -24,12 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 from supervise_torch import abort_process_groups
 
 RANKS: Final = 2
-PATIENCE: Final = 1.0
+A_MOMENT: Final = 1.0
+PATIENCE: Final = 20.0
 
 
 def stand_still() -> None:
     """It goes on living, and does nothing."""
     time.sleep(600)
+
+
+def freeze() -> None:
+    """The kernel holds it."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def leave() -> None:
@@ -40,7 +46,7 @@ def leave() -> None:
 WAYS: Final[dict[str, Callable[[], object]]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "left": leave,
-    "frozen": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "frozen": freeze,
     "standing still": stand_still,
     "standing still, in a second group": stand_still,
     "standing still, in a backward pass": stand_still,
@@ -75,7 +81,7 @@ def survive(way: str, call: Callable[[], object], store: dist.TCPStore) -> None:
     thread = threading.Thread(target=lambda: errors.append(error_of(call)), daemon=True)
     begun = time.monotonic()
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(A_MOMENT if WAYS[way] in (freeze, stand_still) else PATIENCE)
     by_itself = not thread.is_alive()
     if not by_itself:
         begun = time.monotonic()
@@ -125,7 +131,7 @@ if __name__ == "__main__":
         survivor, lost = (fork.Process(target=main, args=(rank, way, port)) for rank in range(RANKS))
         survivor.start()
         lost.start()
-        survivor.join(30)
+        survivor.join(60)
         for process in (survivor, lost):
             process.kill()
             process.join()

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _TASKS: Final = Path("/proc/self/task")
 _LOOP: Final = "gloo_tcp_loop"
 _WATCHED: Final = re.compile(r"^tfd:\s*(\d+) .*\bino:([0-9a-f]+)", re.MULTILINE)
-_PATIENCE: Final = 0.5
+_PATIENCE: Final = 2.0
 _PAUSE: Final = 0.002
 
 
@@ -38,7 +38,7 @@ def abort_process_groups() -> None:
     """End all process groups of this process: a collective that waits raises, and so does every further one.
 
     For a run that has lost a peer and is about to end. It may be called by any thread, and more than once, and returns
-    within a second; ``destroy_process_group`` may follow. A thread that is still setting up a group with a peer that is
+    within seconds; ``destroy_process_group`` may follow. A thread that is still setting up a group with a peer that is
     missing is not freed.
     """
     if not dist.is_available() or not dist.is_initialized():
