@@ -247,6 +247,9 @@ class Worker(Member):
             return
         if end.kind == "failed":
             raise MemberFailedError(end.rank, end.text)
+        if chief.stop is not None:  # all were to stop, and this one came too late to be told
+            self._hearing.stop(chief.stop)
+            return
         raise ChiefFinishedError(
             f"rank 0, the chief ({describe(chief.owner)}), has ended its run at step {end.step} "
             f"({end.text}), so nobody makes a model ready. Start the chief again, if there is more to be done."
