@@ -278,31 +278,26 @@ def test_which_of_a_thousand_pages_are_there_takes_a_few_questions() -> None:
 # ---- the end of the process
 
 
-@pytest.mark.parametrize("ending", ["pass", "server.kill(); time.sleep(0.1)", "board.close()", "del store"])
-def test_a_process_that_ends_while_a_thread_waits_ends_well(ending: str) -> None:
+def test_a_process_that_ends_while_threads_wait_ends_well(server: Server) -> None:
     program = f"""
-import subprocess, sys, threading, time
+import threading, time
 from torch.distributed import TCPStore
 from supervise_torch.store_board import StoreBoard
-code = {SERVER!r}
-server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-port = int(server.stdout.readline())
-store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+store = TCPStore("127.0.0.1", {server.port}, is_master=False, wait_for_workers=False)
 board = StoreBoard(store)
-def wait():
-    try:
-        board.await_change("page", None, 3600)
-    except ConnectionError:
-        pass
-threading.Thread(target=wait, daemon=True).start()
-threading.Thread(target=board.rung, args=(3600,), daemon=True).start() if "kill" not in {ending!r} else None
+threading.Thread(target=board.await_change, args=("page", None, 3600), daemon=True).start()
+threading.Thread(target=board.rung, args=(3600,), daemon=True).start()
 time.sleep(0.5)
-{ending}
 print("end", flush=True)
-server.stdin.close()  # so that the server is gone while the interpreter is on its way out
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "end\n"
+        assert server.process.stdin is not None
+        server.process.stdin.close()  # so that the server goes while the interpreter is on its way out
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, "")
 
 
 # ---- the environment
@@ -360,14 +355,25 @@ def test_the_server_of_the_agent_is_used_if_there_is_one(server: Server) -> None
         "RANK": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": "some id",
-        "TORCHELASTIC_RESTART_COUNT": "3",
     }
     store, prefix = store_from_environment(environ, LONG)
-    assert prefix == "supervise/some id/3"
+    assert prefix == "supervise/some id/all"
     board = StoreBoard(store, prefix)
     board.put("page", b"content")
-    assert server.store().get("supervise/some id/3/page/page") == b"+content"
+    assert server.store().get("supervise/some id/all/page/page") == b"+content"
     board.close()
+
+
+def test_each_attempt_of_one_agent_has_a_board_of_its_own(server: Server) -> None:
+    environ = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(server.port),
+        "RANK": "1",
+        "TORCHELASTIC_RUN_ID": "id",
+        "TORCHELASTIC_RESTART_COUNT": "3",
+    }
+    assert store_from_environment(environ | {"GROUP_WORLD_SIZE": "1"})[1] == "supervise/id/3"
+    assert store_from_environment(environ | {"GROUP_WORLD_SIZE": "2"})[1] == "supervise/id/all"
 
 
 def test_a_port_that_another_program_has_is_named() -> None:
@@ -382,35 +388,34 @@ def test_a_port_that_another_program_has_is_named() -> None:
 
 RANK = """
 import os, sys
-import torch.distributed as dist
+from torch.distributed import init_process_group
 from supervise_torch.store_board import StoreBoard, store_from_environment
-rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-before = sys.argv[1] == "before"
-if before:
-    dist.init_process_group("gloo")
+rank, attempt, order = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"]), sys.argv[1]
+if order == "after the group":
+    init_process_group("gloo")
 board = StoreBoard(*store_from_environment())
-if not before:
-    dist.init_process_group("gloo")
-assert board.get(["ready", "state/1"]) == [None, None] or attempt == 0, "the board of the attempt before"
-dist.barrier()
+if order == "before the group":
+    init_process_group("gloo")
 if rank == 0:
+    assert board.get(["ready", "beat/1"]) == [None, None], "the board of the attempt before"
     assert board.rung(60) == {"state/1"}
     board.put("ready", b"go %d" % attempt)
+    assert board.await_change("beat/1", None, 60) == b"gone"
 else:
-    board.put("state/1", b"here")
     board.ring("state/1")
     assert board.await_change("ready", None, 60) == b"go %d" % attempt
-dist.barrier()
+    board.put("beat/1", b"gone")
 if attempt == 0:
     sys.exit(7)
 print("done", rank, attempt, os.environ["TORCHELASTIC_USE_AGENT_STORE"], flush=True)
 board.close()
-dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_under_torchrun(tmp_path: Path, order: str) -> None:
+@pytest.mark.parametrize(
+    ("order", "agent_keeps_it"), [("alone", True), ("before the group", False), ("after the group", False)]
+)
+def test_under_torchrun(tmp_path: Path, order: str, agent_keeps_it: bool) -> None:
     program = tmp_path / "rank.py"
     program.write_text(RANK)
     command = [
@@ -418,7 +423,11 @@ def test_under_torchrun(tmp_path: Path, order: str) -> None:
         "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1",
         "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=some-run", str(program), order,
     ]  # fmt: skip
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environ = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0" if agent_keeps_it else "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environ)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["done 0 1 True", "done 1 1 True"]
+    assert sorted(done.stdout.splitlines()) == [f"done {rank} 1 {agent_keeps_it}" for rank in (0, 1)]

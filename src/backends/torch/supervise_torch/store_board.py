@@ -53,6 +53,8 @@ _LOOK_ANYWAY: Final = 3.0
 """Seconds between two looks of one who waits: whoever should have woken it may have died just before."""
 _GOODBYE: Final = 2.0
 _RETRY: Final = 0.05
+_ANSWER: Final = 10.0
+"""Seconds in which a server that is there should answer."""
 
 
 class _Connection(Protocol):
@@ -73,7 +75,7 @@ class StoreBoard(Board):
     """Pages in a store, each under a key that begins with ``prefix``. The store itself is left to its owner."""
 
     def __init__(
-        self, store: Store, prefix: str = "board", *, clock: Clock | None = None, patience: float = 10.0
+        self, store: Store, prefix: str = "board", *, clock: Clock | None = None, patience: float = _ANSWER
     ) -> None:
         """
         :param patience: seconds that the server may take for an answer before it counts as lost.
@@ -382,12 +384,14 @@ def _close_all() -> None:
 
 
 def store_from_environment(environ: Mapping[str, str] | None = None, timeout: float = 60.0) -> tuple[TCPStore, str]:
-    """The store that the processes of this run have in common, and a prefix that is this attempt's alone.
+    """The store that the processes of this run have in common, and the prefix that they agree on.
 
-    What torchrun sets is read: ``MASTER_ADDR`` and ``MASTER_PORT``; with ``TORCHELASTIC_USE_AGENT_STORE=True`` the
-    agent keeps the server, else the process of ``RANK`` 0 does, and shares it with ``init_process_group``. The prefix
-    has ``TORCHELASTIC_RUN_ID`` and ``TORCHELASTIC_RESTART_COUNT`` in it; the latter stays as it is when torchrun starts
-    the workers again because nodes come or go.
+    What torchrun sets is read: ``MASTER_ADDR`` and ``MASTER_PORT``; with ``TORCHELASTIC_USE_AGENT_STORE=True`` its
+    agent keeps the server, for all attempts of the run, else the process of ``RANK`` 0 does, and shares it with
+    ``init_process_group``. The prefix has ``TORCHELASTIC_RUN_ID`` in it, and where one agent started everybody
+    (``GROUP_WORLD_SIZE=1``) ``TORCHELASTIC_RESTART_COUNT`` as well, so that each attempt begins on an empty board. The
+    agents of several nodes count on their own, and do not agree (pytorch/pytorch#108158), so that there the pages of an
+    earlier attempt are met again.
 
     :param timeout: seconds in which the server must be there.
     :raises ValueError: if a variable is not set, or makes no sense.
@@ -395,9 +399,8 @@ def store_from_environment(environ: Mapping[str, str] | None = None, timeout: fl
     """
     environ = os.environ if environ is None else environ
     host, port = _variable(environ, "MASTER_ADDR"), _number(environ, "MASTER_PORT", 65_535)
-    prefix = "/".join(
-        ("supervise", environ.get("TORCHELASTIC_RUN_ID", ""), environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    )
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0") if environ.get("GROUP_WORLD_SIZE") == "1" else "all"
+    prefix = "/".join(("supervise", environ.get("TORCHELASTIC_RUN_ID", "none"), attempt))
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and _number(environ, "RANK") == 0:
         try:
             server = TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
@@ -408,7 +411,7 @@ def store_from_environment(environ: Mapping[str, str] | None = None, timeout: fl
             ) from error
         return server, prefix
     try:
-        return _client(host, port, timeout), prefix
+        return _client(host, port, _ANSWER, timeout), prefix
     except (RuntimeError, OSError) as error:
         raise ConnectionError(
             f"nobody keeps a store at {host}:{port} (MASTER_ADDR, MASTER_PORT), or not within {timeout:g} s: "
@@ -442,16 +445,16 @@ def _connections_to(store: Store, patience: float) -> tuple[Callable[[], _Connec
     return anything.clone, type(store).__name__
 
 
-def _client(host: str, port: int, timeout: float) -> TCPStore:
-    """A connection to a server, when there is one.
+def _client(host: str, port: int, timeout: float, wait: float = 0.0) -> TCPStore:
+    """A connection to a server that is there now, or within ``wait`` seconds.
 
     ``TCPStore`` would wait for it, too, but it fills the log with stacks while it does.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + wait
     while True:
         left = deadline - time.monotonic()
         try:
-            socket.create_connection((host, port), timeout=max(left, _RETRY)).close()
+            socket.create_connection((host, port), timeout=max(left, timeout)).close()
             break
         except ConnectionRefusedError:
             if left <= 0:
