@@ -231,8 +231,8 @@ def test_3_17_waiting_for_the_chief(mode: str) -> None:
     """One session is asked again and again here, and there a new one each time; the program gets one that is open."""
     pair = seen(mode, "waiting_for_the_chief")
     assert pair.ours["seen"] == pair.theirs["seen"] == [True, [6.0, 4.0], "Session"]
-    assert pair.theirs["made while waiting"] > 1
-    assert pair.ours["made while waiting"] == 1
+    assert pair.theirs["made while waiting"] > 0
+    assert pair.ours["made while waiting"] == 0
 
 
 def test_3_18_a_wait_is_not_given_up_early(mode: str) -> None:
