@@ -49,7 +49,7 @@ class Figures:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 0 if the medians are within their limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*LIMITS, []], default=list(LIMITS), help="which boards")
+    parser.add_argument("--only", choices=LIMITS, help="one kind of board")
     parser.add_argument("--waiting", type=int, default=64, help="clients for which the limits hold")
     parser.add_argument("--crowd", type=int, default=1000, help="clients of the second measurement; 0: none")
     parser.add_argument("--rounds", type=int, default=30)
@@ -58,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.wait:
         kind, place = options.wait
         return wait(kind, place, options.waiting, options.rounds)
-    fine = [measured(kind, options.waiting, options.crowd, options.rounds) for kind in options.kinds]
+    fine = [
+        measured(kind, options.waiting, options.crowd, options.rounds)
+        for kind in LIMITS
+        if options.only in (None, kind)
+    ]
     if (seconds := tensorflow_looks_every()) is not None:
         show("TensorFlow's workers look every", seconds, f"so a worker goes on after {seconds / 2:g} s on average")
     return 0 if all(fine) else 1
