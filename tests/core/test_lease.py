@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from supervise_core.clock import SystemClock
-from supervise_core.disk import Disk
+from supervise_core.disk import Disk, OpenDirectory
 from supervise_core.errors import LeaseHeldError, LeaseLostError
 from supervise_core.host import Host, Identity
 from supervise_core.lease import BEAT_EVERY, Lease
@@ -162,6 +163,25 @@ def test_many_at_once_and_one_of_them_wins(world: World) -> None:
         winner.check()
         winner.release()
         assert not [name for name in world.work() if name.startswith("lease-")]
+
+
+def test_a_writer_that_beats_while_it_is_looked_at_is_named(world: World) -> None:
+    host = world.here.process()
+    first = world.lease(host)
+    first.acquire()
+
+    class Slow(HastyDisk):
+        """Each name in a directory is looked at when another one has just changed."""
+
+        def open_directory(self, path: Path, wanted: Callable[[str], bool] | None = None) -> OpenDirectory:
+            def beat_and_ask(name: str) -> bool:
+                first.beat()
+                return wanted is None or wanted(name)
+
+            return super().open_directory(path, beat_and_ask)
+
+    with pytest.raises(LeaseHeldError, match=f"process {host.identity().pid} on here"):
+        world.lease(disk=Slow()).acquire()
 
 
 def test_a_beat_that_got_lost_is_made_anew(world: World) -> None:

@@ -548,19 +548,32 @@ def test_every_order_of_calls(name: str, request: pytest.FixtureRequest) -> None
     request.node.user_properties.append(("campaign", f"{count} orders, interrupted at most {interruptions} times"))
 
 
+def of_long_stories(count: int) -> settings:
+    """To shrink them takes minutes, and they end soon after what is wrong."""
+    return settings(
+        max_examples=count,
+        stateful_step_count=30,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
 @pytest.mark.campaign(small=200, soak=5000)
 def test_of_those_that_come_at_once_one_wins_whoever_moves_when(count: int, seed: int) -> None:
     """Two or three, on what a dead writer has left, or on nothing; nobody is frozen for long."""
 
     @hypothesis.seed(seed)
-    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-    @hypothesis.given(st.integers(2, 3), st.booleans(), st.lists(st.integers(0, 2), max_size=60))
+    @of_long_stories(count)
+    @hypothesis.given(st.integers(2, 3), st.booleans(), st.lists(st.integers(0, 2), min_size=30, max_size=60))
     def come(size: int, after_a_death: bool, turns: list[int]) -> None:
         with world() as made:
             if after_a_death:
                 made.kill(prepare(made))
             them = newcomers(made, size)
-            run_in_turns(made.time, [one.actor for one in them], [*enumerate(turns)], made.move_actor)
+            switches = [*enumerate(turns * 50)]
+            run_in_turns(made.time, [one.actor for one in them], switches, made.move_actor)
             check_one_writer(them)
 
     with on_one_processor():
@@ -652,12 +665,5 @@ def test_lease_machine(count: int, seed: int) -> None:
     with on_one_processor():
         run_state_machine_as_test(
             hypothesis.seed(seed)(LeaseMachine),
-            settings=settings(
-                max_examples=count,
-                stateful_step_count=30,
-                deadline=None,
-                database=None,
-                phases=[Phase.generate],  # to shrink such stories takes minutes, and they end soon after what is wrong
-                suppress_health_check=[HealthCheck.too_slow],
-            ),
+            settings=of_long_stories(count),
         )
