@@ -138,7 +138,7 @@ class DirectoryStore(CheckpointStore):
             return str(self.path.resolve())
         drawn = secrets.token_hex(8)
         draft = self._lease.directory / _IDENTITY
-        write_file(self._disk, draft, [drawn.encode()])
+        self._change(write_file, self._disk, draft, [drawn.encode()])
         self._change(self._disk.rename, draft, work / _IDENTITY)
         return drawn
 
