@@ -107,7 +107,7 @@ class CheckpointStore(ABC):
 
     @contextmanager
     def writing(self) -> Generator[None, None, None]:
-        """The lease for the length of a block."""
+        """The lease for the length of a block; one that may take longer than ten seconds calls ``beat`` meanwhile."""
         self.acquire()
         try:
             yield

@@ -17,8 +17,7 @@ from supervise_core.coordinator import Coordinator, StopCause, stack_of
 from supervise_core.data_loop import DataLoop, RandomPort
 from supervise_core.errors import SessionStateError
 from supervise_core.gathering import ShareStore
-from supervise_core.lease import BEAT_EVERY
-from supervise_core.looper import Looper
+from supervise_core.lease_keeper import LeaseKeeper
 from supervise_core.meeting import OTHERS, Meeting
 from supervise_core.pages import Announcement
 from supervise_core.plan import Opening, Plan
@@ -26,7 +25,7 @@ from supervise_core.report import RunReport
 from supervise_core.saving import RunSaver
 from supervise_core.services import Service, ServiceContext
 from supervise_core.signals import StopSignals, exception_of, exit_status_of
-from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService, renew_lease
+from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
 from supervise_core.summaries import EventSink, read_value
 from supervise_core.triggers import AtSteps, StepsOnly, Trigger
 
@@ -104,8 +103,7 @@ class Run(Generic[SessionT]):
         """Become the writer of the log directory; who saves nothing there only reads."""
         plan = self.plan
         if plan.store is not None and plan.is_chief and plan.operations.snapshot is not None:
-            plan.store.acquire()
-            road.callback(plan.store.release)
+            road.enter_context(LeaseKeeper(plan.store, self.coordinator))
 
     def _meet_the_others(self, max_wait_secs: float) -> None:
         """The model is ready, and what it was begun with is on disk: the others may begin with the same."""
@@ -197,8 +195,6 @@ class Run(Generic[SessionT]):
     def _start_services(self, standard: bool) -> None:
         timer = threading.Thread(target=self._keep_time, name="supervise-core timer", daemon=True)
         self.coordinator.register(timer)
-        if self.plan.store is not None and self.plan.store.is_writer:
-            Looper(self.coordinator, BEAT_EVERY, renew_lease, (self.plan.store,), name="supervise-core lease").start()
         try:
             if standard and self.plan.logdir is not None and self.plan.is_chief:
                 self.start_standard_services()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from supervise_core.boundary import Appointment
-from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.checkpointer import Checkpointer
 from supervise_core.services import Service, ServiceContext
 from supervise_core.summaries import EventSink, read_value
@@ -109,14 +108,3 @@ class StepRateService(Service):
                 _log.info("%s: %.5g", self._tag, rate)
 
         context.at_boundary(self.name, self._trigger, write)
-
-
-def renew_lease(store: CheckpointStore) -> None:
-    """Show that the writer lives. A beat that the disk does not take is no reason to stop; a lease that is lost is.
-
-    :raises LeaseLostError: if another writer has taken over.
-    """
-    try:
-        store.beat()
-    except OSError as error:
-        _log.warning("the lease of %s could not be renewed (%s); trying again", store.location, error)
