@@ -7,7 +7,7 @@ The floors of this package, from what users call down to what knows nothing; imp
     16   run
     15   bringing_up, saving
     14   meeting
-    13   plan, reading, standard_services
+    13   lease_keeper, plan, reading, standard_services
     12   checkpointer, session_manager
     11   recovery
     10   arguments, directory_store, gathering, operations, plugins, retrying
