@@ -31,6 +31,7 @@ bench: $(DEV)/installed ## what supervision and saving cost, beside what they ar
 	$(DEV)/bin/python -m benchmarks.costs
 	$(DEV)/bin/python -m benchmarks.saving
 	$(DEV)/bin/python -m benchmarks.boards
+	$(DEV)/bin/python -m benchmarks.restarts
 
 overhead: $(DEV)/installed ## the share of a run that saving takes when it may take 3.5 %; ten minutes
 	$(DEV)/bin/python -m benchmarks.overhead

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset, random_split
 
 from supervise_core import EverySeconds, EverySteps, Supervisor
-from supervise_torch import StoreMembership, TorchBackend, warm_up_ddp
+from supervise_torch import StoreMembership, TorchBackend, init_process_group, warm_up_ddp
 
 Sample = tuple[torch.Tensor, ...]
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
 
-    dist.init_process_group("gloo")
+    init_process_group("gloo")
     rank = dist.get_rank()
     torch.set_num_threads(1)
     torch.manual_seed(0)  # the same weights and the same split everywhere ...

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from supervise_core import CheckpointDirectory, EverySeconds, EverySteps, KeepLatest, Supervisor
-from supervise_torch import StoreMembership, TorchBackend
+from supervise_torch import StoreMembership, TorchBackend, init_process_group
 
 
 def make_model() -> nn.Sequential:
@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    init_process_group("gloo")
     membership = StoreMembership.from_environment()
     torch.manual_seed(0)  # the same weights everywhere, before each process keeps only its piece of them
     model = make_model()

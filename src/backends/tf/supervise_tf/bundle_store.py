@@ -235,8 +235,10 @@ class BundleStore(DirectoryStore, DraftStore):
             except CheckpointDamagedError:
                 return  # it is damaged indeed
             _log.info("%s in %s was written anew by a Saver (%s)", name, self.path, error.reason)
-            self._disk.remove_file(self.path / f"{name}.{MANIFEST}")
+            trash = self._lease.directory / f"trash-{name}.{MANIFEST}"
+            self._change(self._disk.rename, self.path / f"{name}.{MANIFEST}", trash)  # fails if we were replaced
             self._disk.sync_directory(self.path)
+            self._change(self._disk.remove_file, trash)
 
     def _sweep(self) -> None:
         self._disown_rewritten()
