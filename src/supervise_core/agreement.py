@@ -9,13 +9,15 @@ end it can act; the chief decides on the largest answer, and everybody acts at i
   already, the answer is that boundary.
 * So nobody is beyond the step decided on, and everybody gets there: a thread that is held may be needed by one that is
   not (in a collective of its step), but answers come from another thread, and no decision waits for a step.
+* Who has made its last step acts no more; its final save is all that is left. So no checkpoint is agreed on any more:
+  the final one of all is what was asked for.
 * Publishing where one is *without* holding would not do: a member could be two steps further when it is decided.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from supervise_core.clock import Clock
@@ -32,12 +34,28 @@ class StopWish:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The earliest step at whose end a member can act, and whether that is its last one, and made."""
+
+    step: int
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What was agreed on in one round: a stop, or only a checkpoint, at the first boundary at or after ``step``."""
 
     round: int
     step: int
     stop: StopWish | None = None
+    is_void: bool = False
+    """Nothing is done: somebody has made its last step, and the final save comes next."""
+
+    @classmethod
+    def of(cls, number: int, answers: Sequence[Answer], stop: StopWish | None) -> Decision:
+        """What follows from all answers of a round."""
+        is_void = stop is None and any(answer.is_last for answer in answers)
+        return cls(number, max(answer.step for answer in answers), stop, is_void)
 
 
 def _nothing(_: Decision) -> None:
@@ -69,14 +87,14 @@ class StepAgreement:
         self._asked = self._decided = 0
         self._due: list[Decision] = []
         self._resting: int | None = 0
-        self._was_released = False
+        self._is_over = self._was_released = False
 
     def begin(self) -> None:
         """Training begins. Until now this member could act at any step: it has none behind it that others wait for."""
         with self._lock:
             self._resting = None
 
-    def question(self, number: int) -> int:
+    def question(self, number: int) -> Answer:
         """A round has begun: the earliest step at whose end this member can act. Until it is decided on, the training
         thread does not pass its next boundary."""
         with self._lock:
@@ -84,7 +102,7 @@ class StepAgreement:
                 self._asked = number
                 self._free.clear()
             self._ring()  # before the steps are read: a thread that misses it has begun the step after those
-            return self._steps() + 1 if self._resting is None else self._resting
+            return Answer(self._steps() + 1 if self._resting is None else self._resting, self._is_over)
 
     def decide(self, decision: Decision) -> None:
         """The step of a round is known; also to a member that was never asked, as it came later."""
@@ -93,7 +111,8 @@ class StepAgreement:
             if decision.round <= self._decided:
                 return
             self._decided = decision.round
-            self._due.append(decision)
+            if not decision.is_void:
+                self._due.append(decision)
             self._ring()
             if self._asked <= self._decided:
                 self._free.set()
@@ -133,6 +152,7 @@ class StepAgreement:
         """No further step is made; every later question has this one for its answer."""
         with self._lock:
             self._resting = step
+            self._is_over = True
             self._due.clear()
 
     def give_up(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from supervise_core.agreement import Decision, StopWish
+from supervise_core.agreement import Answer, Decision, StopWish
 from supervise_core.errors import (
     DisagreementError,
     MemberFailedError,
@@ -50,7 +50,7 @@ class Chief(Member):
         self._wishes_seen: dict[int, int] = {}
         self._is_wished = False
         self._stop_wish: StopWish | None = None
-        self._own_answer = 0
+        self._own_answer = Answer(0)
         self._old_tokens: set[str] = set()
         """Of workers that had ended before this chief came: in an earlier run, as far as can be told."""
         self._lost: set[int] = set()
@@ -196,8 +196,8 @@ class Chief(Member):
                 answers = [self._own_answer, *(self._answer_of(page) for page in self._members.values())]
                 stop, self._stop_wish = self._stop_wish, None
                 self._is_wished = False
-                decision = Decision(self._mine.round, max(answers), stop)
-                _log.debug("agreed on step %d: %s", decision.step, stop or "a checkpoint")
+                decision = Decision.of(self._mine.round, answers, stop)
+                _log.debug("agreed on %s", decision)
                 self._tell(decision=decision)
                 self.agreement.decide(decision)
             elif self._is_wished:
@@ -213,8 +213,11 @@ class Chief(Member):
             if (page := self._members.get(rank)) is None or (page.end is None and page.round < self._mine.round)
         ]
 
-    def _answer_of(self, page: MemberPage) -> int:
-        return page.earliest if page.end is None else page.end.step
+    def _answer_of(self, page: MemberPage) -> Answer:
+        if page.end is not None:
+            return Answer(page.end.step, is_last=True)
+        assert page.answer is not None, "it has answered this round"
+        return page.answer
 
     def _others(self) -> Iterable[int]:
         return range(1, self.roll.size or 1)

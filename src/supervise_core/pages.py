@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, Self
 
-from supervise_core.agreement import Decision, StopWish
+from supervise_core.agreement import Answer, Decision, StopWish
 from supervise_core.errors import MembershipError
 from supervise_core.host import Identity
 
@@ -108,8 +108,8 @@ class MemberPage:
     is_here: bool = False
     """Whether it has the chief's model."""
     round: int = 0
-    earliest: int = 0
-    """The answer to the question of ``round``."""
+    answer: Answer | None = None
+    """To the question of ``round``."""
     wishes: int = 0
     """How many times it asked for something."""
     stop: StopWish | None = None
@@ -126,7 +126,7 @@ class MemberPage:
         try:
             return cls(
                 data["token"], Identity.from_json(data["owner"]), data["chief"], data["is_here"],
-                data["round"], data["earliest"], data["wishes"],
+                data["round"], _optional(Answer, data["answer"]), data["wishes"],
                 _optional(StopWish, data["stop"]), _optional(End, data["end"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
@@ -218,7 +218,9 @@ def _decode(content: bytes) -> dict[str, Any]:
 
 
 def _decision(data: Any) -> Decision | None:
-    return None if data is None else Decision(data["round"], data["step"], _optional(StopWish, data["stop"]))
+    if data is None:
+        return None
+    return Decision(data["round"], data["step"], _optional(StopWish, data["stop"]), data["is_void"])
 
 
 def _optional(kind: Any, data: Any) -> Any:

@@ -62,6 +62,8 @@ class RunSaver:
         self._report = report
         self._meeting = meeting
         self._metrics: tuple[int, dict[str, float]] = (report.first_step, dict(metrics))
+        self._has_asked_to_be_kept = False
+        """Whether the metrics are for the next checkpoint of all processes, whichever step they agree on."""
         self._held_position: object = None
         self._told_at: int | None = None
         self._warned = self._warned_of_concurrency = self._ended = False
@@ -82,12 +84,13 @@ class RunSaver:
         """Keep metrics for the checkpoint of this step, and have it taken if they decide what is kept."""
         known = self._metrics[1] if self._metrics[0] == step else {}
         self._metrics = (step, known | dict(values))
-        if not self.checkpointer.metrics_ranked & values.keys():
-            return
         alone = not self._meeting.is_synchronous
+        if not self.checkpointer.metrics_ranked & values.keys() or not (alone or self._meeting.chief is not None):
+            return
         if alone and self.checkpointer.is_serving and self._loop.position_at_stop() is not None:
             self.checkpointer.save(step, wait=True)  # now: at the next boundary the model may be a step further
         else:
+            self._has_asked_to_be_kept = not alone
             self.checkpointer.request()
 
     def hold_at_stop(self) -> None:
@@ -165,7 +168,8 @@ class RunSaver:
         finally:
             staging.discard()
         self._check_pieces(snapshot)
-        metrics = self._metrics[1] if self._metrics[0] == step else {}
+        metrics = self._metrics[1] if self._metrics[0] == step or self._has_asked_to_be_kept else {}
+        self._has_asked_to_be_kept = False
         if not snapshot.consistent:
             self._warn_of_concurrency()
         taken_at = step if snapshot.step is None else snapshot.step

@@ -149,7 +149,7 @@ class Worker(Member):
         if page.end is not None:
             self._heed_end(page.end)
         elif page.round > self._mine.round:
-            self._tell(round=page.round, earliest=self.agreement.question(page.round))
+            self._tell(round=page.round, answer=self.agreement.question(page.round))
 
     def _heed_end(self, end: End) -> None:
         if self._adopted is None:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from supervise_core.agreement import Decision, StepAgreement, StopWish
+from supervise_core.agreement import Answer, Decision, StepAgreement, StopWish
 from supervise_core.testing.clock import FakeClock, eventually
 
 STOP = StopWish("request_stop", 2)
@@ -40,14 +40,14 @@ class Side:
 def test_before_training_it_can_act_anywhere(clock: FakeClock) -> None:
     side = Side(clock)
     side.steps = 40
-    assert side.agreement.question(1) == 0
+    assert side.agreement.question(1) == Answer(0)
 
 
 def test_within_a_step_it_can_act_at_its_end(clock: FakeClock) -> None:
     side = Side(clock)
     side.agreement.begin()
     side.steps = 4
-    assert side.agreement.question(1) == 5
+    assert side.agreement.question(1) == Answer(5)
     assert side.rings == 1
     assert side.agreement.is_pending()
 
@@ -56,7 +56,7 @@ def test_at_a_boundary_it_can_act_there(clock: FakeClock) -> None:
     side = Side(clock)
     side.agreement.begin()
     side.agreement.rest(4)
-    assert side.agreement.question(1) == 4
+    assert side.agreement.question(1) == Answer(4)
 
 
 def test_no_round_no_wait(clock: FakeClock) -> None:
@@ -93,6 +93,22 @@ def test_a_decision_is_due_at_the_first_boundary_after_it_where_one_lies_in_betw
     side = Side(clock)
     side.agreement.decide(Decision(1, 3))
     assert side.agreement.pass_boundary(8, 60) == [Decision(1, 3)]
+
+
+def test_where_one_has_made_its_last_step_all_stop_together_but_save_only_at_their_end() -> None:
+    answers = [Answer(7), Answer(6, is_last=True)]
+    assert Decision.of(1, answers, STOP) == Decision(1, 7, STOP)
+    assert Decision.of(1, answers, None).is_void
+    assert not Decision.of(1, [Answer(7), Answer(6)], None).is_void
+
+
+def test_a_decision_that_is_void_holds_nobody_and_has_nothing_done(clock: FakeClock) -> None:
+    side = Side(clock)
+    side.agreement.begin()
+    side.agreement.question(1)
+    side.agreement.decide(Decision(1, 3, is_void=True))
+    assert side.agreement.pass_boundary(3, 60) == []
+    assert not side.agreement.is_pending()
 
 
 def test_a_decision_that_comes_twice_counts_once(clock: FakeClock) -> None:
@@ -141,5 +157,5 @@ def test_after_the_last_step_every_answer_is_that_one(clock: FakeClock) -> None:
     side.agreement.decide(Decision(1, 9, STOP))
     side.steps = 7
     side.agreement.end(7)
-    assert side.agreement.question(2) == 7
+    assert side.agreement.question(2) == Answer(7, is_last=True)
     eventually(side.agreement.is_pending)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from supervise_core.agreement import Decision, StopWish
+from supervise_core.agreement import Answer, Decision, StopWish
 from supervise_core.errors import MembershipError
 from supervise_core.pages import Announcement, ChiefPage, End, Facts, MemberPage, OpenDraft, Outcome, Share
 from supervise_core.testing.hosts import FakeMachine
@@ -17,7 +17,7 @@ END = End("failed", "no \N{EURO SIGN}", 7, 3)
 
 PAGES = [
     MemberPage("token", OWNER),
-    MemberPage("token", OWNER, "chief", True, 3, 17, 2, STOP, END),
+    MemberPage("token", OWNER, "chief", True, 3, Answer(17, is_last=True), 2, STOP, END),
     ChiefPage("token", OWNER),
     ChiefPage(
         "token", OWNER, Announcement("model.ckpt-7", 7), True, 4, Decision(3, 9, STOP), STOP, OpenDraft(2, 8, "/there"),

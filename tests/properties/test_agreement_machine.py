@@ -425,6 +425,7 @@ _RINGS_LATE = ("            self._ring()  # before", "            steps, _ = sel
 _PASSES = "if self._asked <= self._decided:  # no other"
 _DECIDES = "        if page.decision is not None:\n            self.agreement.decide(page.decision)\n"
 
+_DECIDES_ON = "Decision.of(self._mine.round, answers, stop)"
 _HOLDS = "                self._asked = number\n                self._free.clear()\n"
 
 MUTANTS = [
@@ -432,10 +433,14 @@ MUTANTS = [
     Mutant("looks where it is and then rings", agreement, (_RINGS_LATE, ("self._steps() + 1 if", "steps + 1 if"))),
     Mutant("still rests when it trains", agreement, (("                    self._resting = None\n", ""),)),
     Mutant("passes while another round is open", agreement, ((_PASSES, "if True:  #"),)),
-    Mutant("answers with the step before", agreement, (("return self._steps() + 1 if", "return self._steps() if"),)),
+    Mutant("answers with the step before", agreement, (("Answer(self._steps() + 1 if", "Answer(self._steps() if"),)),
     Mutant("forgets what is due later", agreement, (("if decision.step > step]", "if decision.step > step + 1]"),)),
     Mutant("is not wanted for what is due later", agreement, (("or bool(self._due)", ""),)),
-    Mutant("the chief decides on the earliest", chief, (("max(answers)", "min(answers)"),)),
+    Mutant(
+        "the chief decides on the earliest",
+        chief,
+        ((_DECIDES_ON, _DECIDES_ON.replace("answers", "[min(answers, key=lambda one: one.step)]")),),
+    ),
     Mutant("the chief decides before all have answered", chief, ((_OPEN_WHILE_UNANSWERED, ""),)),
     Mutant("the chief forgets a wish", chief, (("self._is_wished = True", "pass"),)),
     Mutant("a worker misses decisions", worker, ((_DECIDES, ""),)),
