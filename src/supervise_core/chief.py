@@ -59,6 +59,8 @@ class Chief(Member):
         self._looked_at = 0.0
         self._drafts = 0
         self._is_training = False
+        self._missing: Callable[[], list[int]] = list
+        """Whose shares of a checkpoint are waited for."""
 
     # ---- what it says
 
@@ -70,6 +72,9 @@ class Chief(Member):
         self._tell()
 
     def _last_words(self, end: End) -> None:
+        self._tell(end=end, has_left=True)
+
+    def _say_end(self, end: End) -> None:
         self._tell(end=end)
 
     def leave(self, end: End) -> None:
@@ -141,9 +146,6 @@ class Chief(Member):
     def await_ready(self, max_wait_secs: float, stop: Callable[[], bool]) -> Announcement:
         raise NotImplementedError("the chief makes the model ready itself")
 
-    def tell_failure(self, text: str) -> None:
-        self._tell(end=End("failed", text, 0, 0))
-
     def _fail(self, error: MembershipError) -> None:
         rank, text = (error.rank, error.text) if isinstance(error, MemberFailedError) else (0, str(error))
         self._tell(end=End("failed", text, 0, rank))  # the workers know only the chief
@@ -165,7 +167,7 @@ class Chief(Member):
         with self._lock:
             if self._mine.round > self._decided:
                 return self._names(self._unanswered())
-            return self._names(self._absent())
+            return self._names(self._missing() or self._absent())
 
     # ---- rounds
 
@@ -253,9 +255,11 @@ class Chief(Member):
         has_ended_unheard = page.end is not None and not page.chief and page.token not in self._old_tokens
         if page.chief != self.token and not has_ended_unheard:
             return  # of an earlier run, or not yet aware of this one
+        twin: MemberPage | None = None
         with self._lock:
             before = self._members.get(rank)
             if before is None or before.token != page.token:
+                twin = before if before is not None and self._is_at_work(before, page) else None
                 self._pulses.pop(rank, None)
                 self._wishes_seen[rank] = 0
                 if before is not None and rank in self._lost:
@@ -264,11 +268,24 @@ class Chief(Member):
             self._members[rank] = page
             has_wished = page.wishes > self._wishes_seen[rank]
             self._wishes_seen[rank] = page.wishes
-        if page.end is not None and page.end.kind == "failed":
+        if twin is not None:
+            self._refuse_twin(rank, twin, page)
+        elif page.end is not None and page.end.kind == "failed":
             if before is None or before.end is None:
                 self._fail(MemberFailedError(page.end.rank, page.end.text))
         elif has_wished:
             self._grant(page.stop)
+
+    def _is_at_work(self, before: MemberPage, page: MemberPage) -> bool:
+        """Whether the process that was this rank until now is another one than the new one, and lives."""
+        return before.end is None and before.owner != page.owner and self._host.is_alive(before.owner) is True
+
+    def _refuse_twin(self, rank: int, one: MemberPage, other: MemberPage) -> None:
+        both = f"processes {describe(one.owner)} and {describe(other.owner)} both say that they are rank {rank}"
+        if self.roll.is_synchronous:
+            self._fail(MembershipError(f"{both}; give each process a rank of its own"))
+        else:
+            _log.error("%s; give each process a rank of its own", both)
 
     def _grant(self, wish: StopWish | None) -> None:
         with self._lock:
@@ -324,25 +341,34 @@ class Chief(Member):
 
         def look() -> bool | None:
             ranks = missing()
-            with self._lock:  # before the shares are read: who has left put up its share before that
-                gone = {rank for rank in ranks if rank in self._lost or ((p := self._members.get(rank)) and p.end)}
+            gone = {rank for rank in ranks if self._is_gone(rank)}  # first: who has left put up its share before that
             for rank, content in zip(ranks, self._board.get([share_page(rank) for rank in ranks]), strict=True):
                 page = self._members.get(rank)
                 share = None if content is None else Share.from_bytes(content)
                 if share is not None and page is not None and (share.token, share.draft) == (page.token, draft.number):
                     shares[rank] = share
-            return True if not missing() or gone & set(missing()) or self._has_failed else None
+            return True if not missing() or gone & set(missing()) or self._has_given_up() else None
 
+        self._missing = missing
         self.await_news(look, limit, f"all shares of the checkpoint of step {draft.step}")
-        if missing():
+        self._missing = list
+        if ranks := missing():
+            guilty = [rank for rank in ranks if self._is_gone(rank)] or ranks
+            pages = [self._members.get(rank) for rank in guilty]
+            ends = {f" (it ended: {page.end.text})" for page in pages if page is not None and page.end is not None}
             raise MembershipError(
-                f"the checkpoint of step {draft.step} lacks the share of {self._names(missing())}; "
+                f"the checkpoint of step {draft.step} lacks the share of {self._names(guilty)}{''.join(sorted(ends))}; "
                 "all ranks must come to a step boundary at that step"
             )
         for rank, share in shares.items():
             if share.problem:
                 raise OSError(errno.EIO, f"{self._names([rank])} has no share for step {draft.step}: {share.problem}")
         return shares
+
+    def _is_gone(self, rank: int) -> bool:
+        with self._lock:
+            page = self._members.get(rank)
+            return rank in self._lost or (page is not None and page.end is not None)
 
     def skip(self, step: int, problem: str) -> None:
         """Say that there is no checkpoint of a step at which all expect one, all at once, so that nobody begins it."""

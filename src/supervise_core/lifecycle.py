@@ -54,12 +54,14 @@ class Lifecycle(Generic[SessionT]):
         try:
             run.open(opening)
         except BaseException as error:
-            self.coordinator.request_stop(error, source="the start of the session")
-            self.report.cause, self.report.exit_status = self.coordinator.cause, 1
-            if isinstance(error, SessionStateError):
+            self.report.exit_status = 1
+            if isinstance(error, SessionStateError) and self.coordinator.should_stop():
+                self.report.cause = self.coordinator.cause
                 run.raise_signal_instead(error)
-                if (first := self.coordinator.errors[0].error) is not error and first is not None:
-                    raise first from error
+                if self.coordinator.errors and (first := self.coordinator.errors[0].error) is not None:
+                    raise first from None  # what stopped the start is what there is to say
+            self.coordinator.request_stop(error, source="the start of the session")
+            self.report.cause = self.coordinator.cause
             raise
         self._handled_at_open = sys.exception()
         self.run = run

@@ -48,6 +48,7 @@ class Meeting(BoundaryMeeting):
         self._grace = grace
         self._boundary: StepBoundary | None = None
         self._steps: StepCounter | None = None
+        self._has_told_failure = False
         self._watchdog = Watchdog(grace, coordinator.clock, self._say_last_words)
         self._agreement = StepAgreement(self._present_step, self._ring, coordinator.clock, self._hear_decision)
 
@@ -117,8 +118,9 @@ class Meeting(BoundaryMeeting):
             self.chief.announce(announcement)
 
     def tell_failure(self, cause: StopCause) -> None:
-        """This process fails in the midst of a step: the others are not to wait for it."""
+        """This process fails, in the midst of a step or before all have begun: the others are not to wait for it."""
         if self.member is not None:
+            self._has_told_failure = True
             self.member.tell_failure(str(cause))
 
     def end(self, step: int) -> None:
@@ -188,7 +190,7 @@ class Meeting(BoundaryMeeting):
     def _hand_on(self, cause: StopCause) -> bool:
         """A stop is asked for here: have all stop. Whether they will, at a step that is agreed on."""
         member = self.member
-        if member is None or isinstance(cause.error, MembershipError):
+        if member is None or self._has_told_failure or isinstance(cause.error, MembershipError):
             return False
         first = self._signals.first
         number = int(first) if first is not None and cause.source == f"signal {first.name}" else None

@@ -30,6 +30,9 @@ T = TypeVar("T")
 LISTEN_FOR: Final = 0.5
 """Seconds of one wait at the board: so soon a lost process is seen."""
 
+_LAST_SHARES_WITHIN: Final = 5.0
+"""Seconds for which a run that has failed goes on with a checkpoint that was begun."""
+
 SAY_EVERY: Final = 10.0
 """Seconds between two lines about what is waited for."""
 
@@ -99,7 +102,7 @@ class Member(ABC):
         self._beats = 0
         self._pulses: dict[int, tuple[bytes | None, float]] = {}
         self._silent_since: float | None = None
-        self._has_failed = False
+        self._failed_at: float | None = None
         self._threads = [
             threading.Thread(target=self._guarded(act), name=f"supervise-core membership ({name})", daemon=True)
             for name, act in (("listens", self._listen_until_over), ("speaks", self._speak_until_over))
@@ -135,6 +138,9 @@ class Member(ABC):
     @abstractmethod
     def _last_words(self, end: End) -> None: ...
 
+    @abstractmethod
+    def _say_end(self, end: End) -> None: ...
+
     # ---- what it asks for
 
     @abstractmethod
@@ -152,9 +158,15 @@ class Member(ABC):
         :raises SessionStateError: when a stop is requested meanwhile.
         """
 
-    @abstractmethod
     def tell_failure(self, text: str) -> None:
         """Let the others know at once that this one fails."""
+        with self._lock:
+            self._failed_at = self._failed_at or self._clock.monotonic()
+        self._say_end(End("failed", text, 0, self.roll.rank))
+
+    def _has_given_up(self) -> bool:
+        """Whether the run has failed, and a checkpoint of which all had snapshots had time to be written since."""
+        return self._failed_at is not None and self._clock.monotonic() - self._failed_at > _LAST_SHARES_WITHIN
 
     @abstractmethod
     def state(self, name: str, value: Any) -> None:
@@ -230,9 +242,9 @@ class Member(ABC):
     def _fail(self, error: MembershipError) -> None:
         """The run cannot go on; said once."""
         with self._lock:
-            if self._has_failed or self._over.is_set():
+            if self._failed_at is not None or self._over.is_set():
                 return
-            self._has_failed = True
+            self._failed_at = self._clock.monotonic()
         self.agreement.release()
         self._hearing.fail(error)
 

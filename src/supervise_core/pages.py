@@ -151,6 +151,8 @@ class ChiefPage:
     draft: OpenDraft | None = None
     outcomes: tuple[Outcome, ...] = ()
     end: End | None = None
+    has_left: bool = False
+    """Whether it writes no checkpoint any more; one that fails says so before it has written what was begun."""
 
     def with_outcome(self, outcome: Outcome) -> ChiefPage:
         """The same page with the outcome of a draft, and of a few before it."""
@@ -169,7 +171,7 @@ class ChiefPage:
                 data["token"], Identity.from_json(data["owner"]), _optional(Announcement, data["ready"]), data["go"],
                 data["round"], _decision(data["decision"]), _optional(StopWish, data["stop"]),
                 _optional(OpenDraft, data["draft"]), tuple(Outcome(**outcome) for outcome in data["outcomes"]),
-                _optional(End, data["end"]),
+                _optional(End, data["end"]), data["has_left"],
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise _foreign(content) from error

@@ -280,7 +280,9 @@ class Run(Generic[SessionT]):
             pause = min(2 * pause, _UNHEARD_AT_MOST)
 
     def _give_up(self, error: BaseException) -> None:
-        """The start failed: stop the services that were started."""
+        """The start failed: tell the others why, and stop the services that were started."""
+        if not (isinstance(error, SessionStateError) and self.coordinator.should_stop()):
+            self.meeting.tell_failure(StopCause("the start of the session", error))
         self.coordinator.request_stop(source=f"a start that failed ({type(error).__name__})")
         self._stop_services(self.plan.grace, ())
         if self.saver is not None:
@@ -405,6 +407,8 @@ class Run(Generic[SessionT]):
             self.meeting.tell_failure(StopCause(TRAINING_BLOCK, error))
             self.coordinator.request_stop(error, source=TRAINING_BLOCK)
         else:
+            if self.meeting.is_synchronous and not self.coordinator.should_stop():
+                self.meeting.tell_failure(StopCause(TRAINING_BLOCK, error))
             self.coordinator.request_stop(source=f"{type(error).__name__} in the training block")
         return f"the training block ended with {type(error).__name__}"
 

@@ -54,6 +54,8 @@ class Worker(Member):
         self._lost: tuple[float, str] | None = None
         """Since when the chief is lost, and why."""
         self._facts: dict[str, Any] = {}
+        self._declined: set[int] = set()
+        """The numbers of drafts of which this worker has said that it adds nothing to them."""
         self._adopted: str | None = None
         """The token of the chief whose model this worker trains."""
 
@@ -63,6 +65,9 @@ class Worker(Member):
         self._tell()
 
     def _last_words(self, end: End) -> None:
+        self._say_end(end)
+
+    def _say_end(self, end: End) -> None:
         self._tell(end=end)
 
     def _tell(self, **news: Any) -> None:
@@ -82,9 +87,6 @@ class Worker(Member):
             if is_heard or chief is None:  # one that comes yet finds it
                 self._tell(wishes=self._mine.wishes + 1, stop=self._mine.stop or stop)
             return is_heard and (self._mine.is_here or not self.roll.is_synchronous)
-
-    def tell_failure(self, text: str) -> None:
-        self._tell(end=End("failed", text, 0, self.roll.rank))
 
     def state(self, name: str, value: Any) -> None:
         with self._lock:
@@ -269,17 +271,25 @@ class Worker(Member):
         def look() -> OpenDraft | None:
             with self._lock:
                 chief = self._chief
-                if chief is None or self._has_failed:
+                if chief is None or self._has_given_up():
                     return passed_by
                 draft = chief.draft
-                if draft is not None and draft.number > after and draft.step >= step:
-                    return draft if draft.step == step else passed_by
-                return passed_by if chief.end is not None else None
+                if draft is not None and draft.number > after:
+                    if draft.step >= step:
+                        return draft if draft.step == step else passed_by
+                    self._decline(draft, step)
+                return passed_by if chief.has_left else None
 
         found = self.await_news(look, limit, f"the chief's checkpoint of step {step}")
         if found is None:
             raise MembershipError(f"the chief did not begin the checkpoint of step {step} within {limit:g} s")
         return None if found is passed_by else found
+
+    def _decline(self, draft: OpenDraft, step: int) -> None:
+        """Shares are added in the order of steps: there will be none of an earlier one."""
+        if draft.number not in self._declined and draft.directory:
+            self._declined.add(draft.number)
+            self.add_share(draft, "{}", {}, f"it has left that step behind, and is at step {step}")
 
     def add_share(self, draft: OpenDraft, state: str, files: Mapping[str, tuple[int, str]], problem: str = "") -> None:
         """Say what this worker adds to a checkpoint, or why it cannot."""
@@ -294,7 +304,7 @@ class Worker(Member):
                 for outcome in () if chief is None else chief.outcomes:
                     if outcome.number == draft.number:
                         return outcome
-                if chief is None or chief.end is not None or self._has_failed or self._lost is not None:
+                if chief is None or chief.has_left or self._has_given_up() or self._lost is not None:
                     return Outcome(draft.number, None, f"the chief has ended ({self.lacking()})")
                 return None
 

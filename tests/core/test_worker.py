@@ -308,8 +308,42 @@ def test_a_draft_of_a_later_step_passes_by(hall: Hall) -> None:
 def test_no_draft_comes_from_a_chief_that_has_ended(hall: Hall) -> None:
     chief, worker = adopted(hall, synchronous=True)
     waiting = hall.call(lambda: worker.member.await_draft(5, 0, 600))
-    chief.member.tell_failure("no")
+    leaving = hall.call(lambda: chief.member.leave(end()))
     assert waiting.result() is None
+    hall.call(lambda: worker.member.leave(end(rank=1))).result()
+    leaving.result()
+
+
+def test_a_chief_that_fails_may_still_write_a_checkpoint_that_all_have_come_to(hall: Hall) -> None:
+    chief, worker = adopted(hall, synchronous=True)
+    waiting = hall.call(lambda: worker.member.await_draft(5, 0, 600))
+    chief.member.tell_failure("no")
+    hall.pass_time(2)
+    opened = chief.member.open_draft(5, "/there")
+    assert waiting.result() == opened
+    gathered = hall.call(lambda: chief.member.gather(opened, 600))
+    worker.member.add_share(opened, "{}", {})
+    assert gathered.result().keys() == {1}
+
+
+def test_but_not_for_long(hall: Hall) -> None:
+    chief, worker = adopted(hall, synchronous=True)
+    gathering = hall.call(lambda: chief.member.gather(chief.member.open_draft(4, "/there"), 600))
+    waiting = hall.call(lambda: worker.member.await_draft(5, 1, 600))
+    chief.member.tell_failure("no")
+    assert waiting.result(within=6) is None
+    with pytest.raises(MembershipError, match="lacks the share of rank 1"):
+        gathering.result(within=6)
+
+
+def test_who_has_left_a_step_behind_says_so(hall: Hall) -> None:
+    chief, worker = adopted(hall, synchronous=True)
+    gathering = hall.call(lambda: chief.member.gather(chief.member.open_draft(4, "/there"), 600))
+    hall.call(lambda: worker.member.await_draft(5, 0, 600))
+    with pytest.raises(
+        OSError, match=r"rank 1 .* has no share for step 4: it has left that step behind, and is at step 5"
+    ):
+        gathering.result(within=5)
 
 
 def test_a_draft_that_does_not_come_is_waited_for_no_longer_than_said(hall: Hall) -> None:
