@@ -261,9 +261,9 @@ class Checkpointer:
         try:
             helped = self._commit(pending)
         except SaveNotWantedError as error:
-            _log.warning("%s", error)
             if pending.final:
                 self._final_error = error
+            _log.log(logging.WARNING if pending.final else logging.INFO, "%s", error)  # the chief has said why
         except Exception as error:
             self._failed(pending, error)
         else:
@@ -297,7 +297,7 @@ class Checkpointer:
             return 0.0  # what is there is as good or better
         draft = self._store.begin(CheckpointId(pending.step, 0 if older is None else older.revision + 1))
         try:
-            self._gathering.begin(draft, pending.step)
+            self._gathering.begin(draft, pending.step, pending.final)
             written = self._store.format.write(draft, pending.snapshot, pending.run_state, self._base)
             written = self._gathering.complete(draft, written)
             manifest = self._manifest(pending, written)

@@ -17,6 +17,7 @@ from supervise_core.errors import (
     ReadinessTimeoutError,
     SessionStateError,
 )
+from supervise_core.host import Identity
 from supervise_core.member import LISTEN_FOR, Member, describe
 from supervise_core.pages import (
     CHIEF,
@@ -63,6 +64,11 @@ class Chief(Member):
         """Whose shares of a checkpoint are waited for."""
 
     # ---- what it says
+
+    def _incumbent(self) -> Identity | None:
+        [content] = self._board.get([CHIEF])
+        page = None if content is None else ChiefPage.from_bytes(content)
+        return None if page is None or page.end is not None else page.owner
 
     def _first_words(self) -> None:
         contents = self._board.get([member_page(rank) for rank in self._others()])
@@ -299,7 +305,7 @@ class Chief(Member):
 
     def _look_after_all(self) -> None:
         with self._lock:
-            alive = {rank: page for rank, page in self._members.items() if page.end is None}
+            alive = {rank: page for rank, page in self._members.items() if not page.has_left}
         beats = self._board.get([beat_page(rank) for rank in alive])
         for (rank, page), beat in zip(alive.items(), beats, strict=True):
             why = self._why_lost(rank, page.owner, beat)
@@ -320,11 +326,11 @@ class Chief(Member):
 
     # ---- checkpoints
 
-    def open_draft(self, step: int, directory: str) -> OpenDraft:
+    def open_draft(self, step: int, directory: str, *, is_final: bool = False) -> OpenDraft:
         """Have the workers add their shares to a checkpoint."""
         with self._lock:
             self._drafts += 1
-            draft = OpenDraft(self._drafts, step, directory)
+            draft = OpenDraft(self._drafts, step, directory, is_final)
             self._tell(draft=draft)
             return draft
 
@@ -368,7 +374,7 @@ class Chief(Member):
     def _is_gone(self, rank: int) -> bool:
         with self._lock:
             page = self._members.get(rank)
-            return rank in self._lost or (page is not None and page.end is not None)
+            return rank in self._lost or (page is not None and page.has_left)
 
     def skip(self, step: int, problem: str) -> None:
         """Say that there is no checkpoint of a step at which all expect one, all at once, so that nobody begins it."""

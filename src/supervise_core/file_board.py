@@ -234,6 +234,8 @@ class FileBoard(Board):
         except FileExistsError:
             pass
         except FileNotFoundError:
+            if self._disk.is_directory(directory.parent):
+                raise  # some file systems say so of what cannot be made there at all
             self._make(directory.parent)
             self._make(directory)
 

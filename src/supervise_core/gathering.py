@@ -35,8 +35,8 @@ class Gathering:
     decides = True
     """Whether this process is the one that says when a save that failed is tried again."""
 
-    def begin(self, draft: Draft, step: int) -> None:
-        """A checkpoint is begun."""
+    def begin(self, draft: Draft, step: int, is_final: bool) -> None:
+        """A checkpoint is begun; ``is_final``: the last one of the run."""
 
     def complete(self, draft: Draft, written: Written) -> Written:
         """Wait for what the others add; all that was written."""
@@ -54,6 +54,10 @@ class AddingShares(Gathering):
 
     decides = False
 
+    def begin(self, draft: Draft, step: int, is_final: bool) -> None:
+        assert isinstance(draft, _ShareDraft)
+        draft.is_final = is_final
+
 
 class ShareGathering(Gathering):
     """The chief's side."""
@@ -63,9 +67,9 @@ class ShareGathering(Gathering):
         self._limit = limit
         self._open: OpenDraft | None = None
 
-    def begin(self, draft: Draft, step: int) -> None:
+    def begin(self, draft: Draft, step: int, is_final: bool) -> None:
         if self._chief.has_begun:
-            self._open = self._chief.open_draft(step, draft.location)
+            self._open = self._chief.open_draft(step, draft.location, is_final=is_final)
 
     def complete(self, draft: Draft, written: Written) -> Written:
         if self._open is None:
@@ -105,12 +109,12 @@ class ShareStore(CheckpointStore):
     def begin(self, checkpoint: CheckpointId) -> Draft:
         return _ShareDraft(self, checkpoint)
 
-    def open_draft(self, step: int) -> OpenDraft:
-        """The chief's draft for a step.
+    def open_draft(self, step: int, is_final: bool) -> OpenDraft:
+        """The chief's draft for a step, or its last one.
 
         :raises SaveNotWantedError: if it went on without.
         """
-        draft = self._worker.await_draft(step, self._last_draft, self._limit)
+        draft = self._worker.await_draft(step, self._last_draft, self._limit, is_final=is_final)
         if draft is None:
             raise SaveNotWantedError(f"the chief takes no checkpoint of step {step}")
         self._last_draft = draft.number
@@ -195,6 +199,7 @@ class _ShareDraft(Draft):
     def __init__(self, store: ShareStore, checkpoint: CheckpointId) -> None:
         self._store = store
         self._checkpoint = checkpoint
+        self.is_final = False
         self._opened: OpenDraft | None = None
         self._state = ""
         self._is_handed_in = False
@@ -226,5 +231,5 @@ class _ShareDraft(Draft):
 
     def _draft(self) -> OpenDraft:
         if self._opened is None:
-            self._opened = self._store.open_draft(self._checkpoint.step)
+            self._opened = self._store.open_draft(self._checkpoint.step, self.is_final)
         return self._opened

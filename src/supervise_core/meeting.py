@@ -136,9 +136,9 @@ class Meeting(BoundaryMeeting):
         member, self.member = self.member, None
         if member is None:
             return
-        if failure is not None:
-            member.leave(End("failed", str(failure), step, self.membership.rank))
-            if failure.error is not None and not isinstance(failure.error, MemberFailedError):
+        if failure is not None or self._has_told_failure:
+            member.leave(End("failed", str(failure or cause), step, self.membership.rank))
+            if failure is not None and failure.error is not None and not isinstance(failure.error, MemberFailedError):
                 self.membership.record_failure(failure.error)
         else:
             member.leave(End("done", str(cause), step, self.membership.rank))

@@ -33,6 +33,9 @@ LISTEN_FOR: Final = 0.5
 _LAST_SHARES_WITHIN: Final = 5.0
 """Seconds for which a run that has failed goes on with a checkpoint that was begun."""
 
+_LEAVES_WITHIN: Final = 5.0
+_LOOKS_EVERY: Final = 0.1
+
 SAY_EVERY: Final = 10.0
 """Seconds between two lines about what is waited for."""
 
@@ -49,7 +52,7 @@ class Patience:
     def __post_init__(self) -> None:
         for name in ("silence", "comeback"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}= is a positive number of seconds, not {value!r}")
 
 
@@ -102,6 +105,7 @@ class Member(ABC):
         self._beats = 0
         self._pulses: dict[int, tuple[bytes | None, float]] = {}
         self._silent_since: float | None = None
+        self._has_failed = False
         self._failed_at: float | None = None
         self._threads = [
             threading.Thread(target=self._guarded(act), name=f"supervise-core membership ({name})", daemon=True)
@@ -111,10 +115,29 @@ class Member(ABC):
     # ---- a life
 
     def join(self) -> None:
-        """Take part from now on."""
+        """Take part from now on.
+
+        :raises MembershipError: if another process that lives is this member already; nothing was changed then.
+        """
+        self._await_vacancy()
         self._first_words()
         for thread in self._threads:
             thread.start()
+
+    def _await_vacancy(self) -> None:
+        """One that the same launcher ended may be on its way out still."""
+        began = self._clock.monotonic()
+        while (other := self._incumbent()) is not None and other != self.identity and self._host.is_alive(other):
+            if self._clock.monotonic() - began >= _LEAVES_WITHIN:
+                raise MembershipError(
+                    f"rank {self.roll.rank} at {self._board.location} is process {describe(other)} already, which "
+                    "lives; give each process a rank of its own, and each run a place of its own, or end that one"
+                )
+            self._clock.wait(self._over, _LOOKS_EVERY)
+
+    @abstractmethod
+    def _incumbent(self) -> Identity | None:
+        """Whose page there is in the place of this member's own, if it has not ended."""
 
     def leave(self, end: End) -> None:
         """Say how it ended, and take part no longer; safe to call twice."""
@@ -242,9 +265,10 @@ class Member(ABC):
     def _fail(self, error: MembershipError) -> None:
         """The run cannot go on; said once."""
         with self._lock:
-            if self._failed_at is not None or self._over.is_set():
+            if self._has_failed or self._over.is_set():
                 return
-            self._failed_at = self._clock.monotonic()
+            self._has_failed = True
+            self._failed_at = self._failed_at or self._clock.monotonic()
         self.agreement.release()
         self._hearing.fail(error)
 

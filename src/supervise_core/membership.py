@@ -75,12 +75,21 @@ class Membership(ABC):
         return None
 
     def join(self, agreement: StepAgreement, hearing: Hearing, clock: Clock) -> Member | None:
-        """Take part in a run from now on; None where there is nobody else."""
+        """Take part in a run from now on; None where there is nobody else.
+
+        :raises MembershipError: if another process that lives has this rank already.
+        :raises ConnectionError: if the place where the members meet cannot be reached.
+        """
         if self.roll.size == 1:
             return None
         kind = Chief if self.is_chief else Worker
-        member = kind(self.roll, self.connect(clock), agreement, hearing, self.patience, clock, self._host)
-        member.join()
+        board = self.connect(clock)
+        member = kind(self.roll, board, agreement, hearing, self.patience, clock, self._host)
+        try:
+            member.join()
+        except BaseException:
+            board.close()
+            raise
         return member
 
 

@@ -66,6 +66,8 @@ class OpenDraft:
     number: int
     step: int
     directory: str
+    is_final: bool = False
+    """Whether it is the last one of the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class MemberPage:
     """How many times it asked for something."""
     stop: StopWish | None = None
     end: End | None = None
+    has_left: bool = False
+    """Whether it adds to no checkpoint any more; one that fails says so before."""
 
     def to_bytes(self) -> bytes:
         """As the content of a page."""
@@ -127,7 +131,7 @@ class MemberPage:
             return cls(
                 data["token"], Identity.from_json(data["owner"]), data["chief"], data["is_here"],
                 data["round"], _optional(Answer, data["answer"]), data["wishes"],
-                _optional(StopWish, data["stop"]), _optional(End, data["end"]),
+                _optional(StopWish, data["stop"]), _optional(End, data["end"]), data["has_left"],
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise _foreign(content) from error

@@ -78,10 +78,10 @@ class Run(Generic[SessionT]):
             if plan.signals:
                 self._signals.install()
                 road.callback(self._signals.restore)
+            if not opening.wait_for_checkpoint:
+                self._take_lease(road)  # before anybody is told: a chief that comes by mistake disturbs no run
             road.push(self._leave_after_failure)
             self.meeting.join()
-            if not opening.wait_for_checkpoint:
-                self._take_lease(road)
             self.session = bring_up(plan, opening, self.meeting, self.coordinator, self.report)
             road.callback(self._close_session)
             if opening.wait_for_checkpoint:  # somebody else writes there until then
@@ -111,6 +111,7 @@ class Run(Generic[SessionT]):
             self.saver.checkpointer.drain()
         self.meeting.state("the first step", self.report.first_step)
         self.meeting.state("save_every=", repr(self.plan.save_every))
+        self.meeting.state("the number of ranks", self.plan.membership.size)
         announcement = Announcement(self._holds_the_model(), self.report.first_step)
         try:
             self.meeting.begin(self.boundary, self.steps, announcement, max_wait_secs)

@@ -16,7 +16,7 @@ from supervise_core.checkpointer import Checkpointer, CheckpointLabels, PendingS
 from supervise_core.coordinator import Coordinator
 from supervise_core.data_loop import DataLoop
 from supervise_core.errors import SessionStateError, UnsupportedStateError
-from supervise_core.gathering import Gathering, ShareGathering
+from supervise_core.gathering import AddingShares, Gathering, ShareGathering
 from supervise_core.meeting import Meeting
 from supervise_core.pages import Announcement
 from supervise_core.plan import Plan
@@ -68,9 +68,9 @@ class RunSaver:
         self._told_at: int | None = None
         self._warned = self._warned_of_concurrency = self._ended = False
         labels = CheckpointLabels(plan.backend.name, _versions())
-        gathering = (
-            Gathering() if not meeting.is_synchronous or meeting.chief is None else ShareGathering(meeting.chief)
-        )
+        gathering = Gathering()
+        if meeting.is_synchronous:
+            gathering = AddingShares() if meeting.chief is None else ShareGathering(meeting.chief)
         self.is_shared_out = False
         """Whether only the snapshots of all processes together are the state, by the last one that was taken."""
         self.checkpointer = Checkpointer(

@@ -195,7 +195,10 @@ class Supervisor(Generic[SessionT]):
 
         :raises SessionStateError: if a session of this Supervisor is open.
         :raises NotReadyError, CheckpointError, LeaseHeldError, UnsupportedStateError, OSError: as the start fails.
+        :raises ValueError: if ``max_wait_secs`` is negative, or not a number.
         """
+        if not max_wait_secs >= 0:
+            raise ValueError(f"max_wait_secs= takes a number of seconds that is not negative, not {max_wait_secs!r}")
         opening = Opening(master, config, wait_for_checkpoint, max_wait_secs, start_standard_services)
         return self._lifecycle.open(opening)
 

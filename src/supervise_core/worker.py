@@ -17,6 +17,7 @@ from supervise_core.errors import (
     ReadinessTimeoutError,
     SessionStateError,
 )
+from supervise_core.host import Identity
 from supervise_core.member import LISTEN_FOR, Member, describe
 from supervise_core.pages import (
     CHIEF,
@@ -61,19 +62,27 @@ class Worker(Member):
 
     # ---- what it says
 
+    def _incumbent(self) -> Identity | None:
+        [content] = self._board.get([member_page(self.roll.rank)])
+        page = None if content is None else MemberPage.from_bytes(content)
+        return None if page is None or page.end is not None else page.owner
+
     def _first_words(self) -> None:
         self._tell()
 
     def _last_words(self, end: End) -> None:
-        self._say_end(end)
+        self._tell(end=end, has_left=True)
 
     def _say_end(self, end: End) -> None:
         self._tell(end=end)
 
     def _tell(self, **news: Any) -> None:
         with self._lock:
-            if self._mine.end is None:
+            end = self._mine.end
+            if end is None or "has_left" in news:
                 self._mine = replace(self._mine, **news)
+            if end is not None:
+                self._mine = replace(self._mine, end=end)  # the first one says why
             self._say(member_page(self.roll.rank), self._mine.to_bytes())
 
     def _put(self, page: str, content: bytes) -> None:
@@ -259,13 +268,14 @@ class Worker(Member):
 
     # ---- checkpoints
 
-    def await_draft(self, step: int, after: int, limit: float) -> OpenDraft | None:
-        """Wait until the chief has begun the checkpoint of a step, later than the draft ``after``.
+    def await_draft(self, step: int, after: int, limit: float, *, is_final: bool = False) -> OpenDraft | None:
+        """Wait until the chief has begun the checkpoint of a step, or its last one, later than the draft ``after``.
 
         None if it has gone on to another one, or to its end, without.
 
         :raises MembershipError: if that cannot be told within ``limit`` seconds.
         """
+        wanted = step, is_final  # which is the order in which they come
         passed_by = OpenDraft(-1, -1, "")
 
         def look() -> OpenDraft | None:
@@ -275,8 +285,10 @@ class Worker(Member):
                     return passed_by
                 draft = chief.draft
                 if draft is not None and draft.number > after:
-                    if draft.step >= step:
-                        return draft if draft.step == step else passed_by
+                    if (draft.step, draft.is_final) == wanted:
+                        return draft
+                    if (draft.step, draft.is_final) > wanted:
+                        return passed_by
                     self._decline(draft, step)
                 return passed_by if chief.has_left else None
 
@@ -289,7 +301,7 @@ class Worker(Member):
         """Shares are added in the order of steps: there will be none of an earlier one."""
         if draft.number not in self._declined and draft.directory:
             self._declined.add(draft.number)
-            self.add_share(draft, "{}", {}, f"it has left that step behind, and is at step {step}")
+            self.add_share(draft, "{}", {}, f"it has left that one behind, and is at step {step}")
 
     def add_share(self, draft: OpenDraft, state: str, files: Mapping[str, tuple[int, str]], problem: str = "") -> None:
         """Say what this worker adds to a checkpoint, or why it cannot."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ from supervise_core.errors import (
     ReadinessTimeoutError,
     SessionStateError,
 )
-from supervise_core.pages import Announcement, Share, share_page
+from supervise_core.pages import Announcement, MemberPage, Share, member_page, share_page
 
 from .members import Hall, Life, end
 
@@ -321,3 +322,44 @@ def test_in_step_the_chief_stays_until_the_others_have_ended(hall: Hall) -> None
 def test_but_not_for_ever(hall: Hall) -> None:
     chief, _ = training(hall, 2)
     hall.call(lambda: chief.member.leave(end(step=9))).result(within=41)
+
+
+# ---- two processes for one rank
+
+
+def test_a_rank_that_is_taken_is_refused_and_nothing_is_changed(hall: Hall) -> None:
+    first = hall.chief(2)
+    hall.settle()
+    before = dict(hall.place.pages)
+    second = hall.call(lambda: hall.chief(2))
+    with pytest.raises(MembershipError, match=r"rank 0 at memory is process 101 on machine already, which lives"):
+        second.result(within=6)
+    assert hall.place.pages.keys() == before.keys()
+    hall.call(lambda: first.member.leave(end())).result()
+
+
+def test_a_rank_whose_process_ends_meanwhile_is_taken_over(hall: Hall) -> None:
+    first = hall.chief(2)
+    second = hall.call(lambda: hall.chief(2))
+    hall.pass_time(2)
+    assert second.thread.is_alive()
+    first.die()
+    assert second.result(within=1).member.token != first.member.token
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_two_that_came_as_one_rank_at_the_same_moment(
+    hall: Hall, caplog: pytest.LogCaptureFixture, synchronous: bool
+) -> None:
+    chief, one = hall.chief(3, synchronous=synchronous), hall.worker(1, 3, synchronous=synchronous)
+    hall.pass_time(1)
+    twin = MemberPage("another token", hall.machine.process().identity(), chief.member.token)
+    one.board.put(member_page(1), twin.to_bytes())
+    one.board.ring(member_page(1))
+    said = r"processes 102 on machine and 103 on machine both say that they are rank 1; give each process a rank"
+    if synchronous:
+        hall.until(lambda: chief.failures)
+        assert re.search(said, str(chief.failures[0]))
+    else:
+        hall.until(lambda: re.search(said, caplog.text))
+        assert not chief.failures

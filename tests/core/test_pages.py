@@ -17,11 +17,11 @@ END = End("failed", "no \N{EURO SIGN}", 7, 3)
 
 PAGES = [
     MemberPage("token", OWNER),
-    MemberPage("token", OWNER, "chief", True, 3, Answer(17, is_last=True), 2, STOP, END),
+    MemberPage("token", OWNER, "chief", True, 3, Answer(17, is_last=True), 2, STOP, END, True),
     ChiefPage("token", OWNER),
     ChiefPage(
         "token", OWNER, Announcement("model.ckpt-7", 7), True, 4, Decision(3, 9, STOP), STOP, OpenDraft(2, 8, "/there"),
-        (Outcome(1, None, "full"), Outcome(2, "model.ckpt-8")), END,
+        (Outcome(1, None, "full"), Outcome(2, "model.ckpt-8")), END, True,
     ),
     ChiefPage("token", OWNER, Announcement(None, 0), decision=Decision(1, 2)),
     Share("token", 2, '{"parts": {}}', {"a.safetensors": (3, "hash")}, "problem"),

@@ -216,8 +216,8 @@ def test_in_step_a_silent_chief_ends_the_run(hall: Hall) -> None:
 
 def test_in_step_a_chief_that_was_started_anew_ends_the_run(hall: Hall) -> None:
     chief, worker = adopted(hall, synchronous=True)
-    chief.member._over.set()  # it is gone, and nobody saw it
-    hall.chief()
+    chief.die()
+    hall.chief()  # before anybody has seen that the other one is gone
     hall.until(lambda: worker.failures)
     assert "was started anew while this rank trained with the old one" in str(worker.failures[0])
 
@@ -341,7 +341,7 @@ def test_who_has_left_a_step_behind_says_so(hall: Hall) -> None:
     gathering = hall.call(lambda: chief.member.gather(chief.member.open_draft(4, "/there"), 600))
     hall.call(lambda: worker.member.await_draft(5, 0, 600))
     with pytest.raises(
-        OSError, match=r"rank 1 .* has no share for step 4: it has left that step behind, and is at step 5"
+        OSError, match=r"rank 1 .* has no share for step 4: it has left that one behind, and is at step 5"
     ):
         gathering.result(within=5)
 
@@ -377,3 +377,26 @@ def test_a_chief_that_dies_leaves_no_outcome_open(hall: Hall) -> None:
     hall.settle()
     chief.die()
     assert waiting.result().checkpoint is None
+
+
+# ---- two processes for one rank
+
+
+def test_a_rank_that_is_taken_is_refused_and_nothing_is_changed(hall: Hall) -> None:
+    first = hall.worker()
+    hall.settle()
+    before = dict(hall.place.pages)
+    second = hall.call(lambda: hall.worker())
+    with pytest.raises(MembershipError, match=r"rank 1 at memory is process 101 on machine already, which lives"):
+        second.result(within=6)
+    assert hall.place.pages.keys() == before.keys()
+    hall.call(lambda: first.member.leave(end(rank=1))).result()
+
+
+def test_a_rank_whose_process_ends_meanwhile_is_taken_over(hall: Hall) -> None:
+    first = hall.worker()
+    second = hall.call(lambda: hall.worker())
+    hall.pass_time(2)
+    assert second.thread.is_alive()
+    first.die()
+    assert second.result(within=1).member.token != first.member.token
