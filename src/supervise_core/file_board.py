@@ -234,10 +234,10 @@ class FileBoard(Board):
         except FileExistsError:
             pass
         except FileNotFoundError:
-            if self._disk.is_directory(directory.parent):
-                raise  # some file systems say so of what cannot be made there at all
-            self._make(directory.parent)
-            self._make(directory)
+            if not self._disk.is_directory(directory.parent):
+                self._make(directory.parent)
+            with suppress(FileExistsError):
+                self._disk.make_directory(directory)
 
     # ---- rings
 

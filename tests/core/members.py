@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -82,14 +81,12 @@ class Hall:
         return call
 
     def settle(self) -> None:
-        """Let everybody do what there is to do at this moment: until nobody has put up, rung or heard a thing."""
-        quiet = 0
-        before: object = None
-        while quiet < 5:
-            time.sleep(0.001)
-            now = [dict(life.board.calls) for life in self.lives], dict(self.place.pages), set(self.place.rings)
-            quiet = quiet + 1 if now == before else 0
-            before = now
+        """Let everybody do what there is to do at this moment: until all sleep, and have nothing to wake up for."""
+        eventually(lambda: self.clock.at_rest() == len(self._threads()), 60)
+
+    def _threads(self) -> list[threading.Thread]:
+        own = [thread for life in self.lives for thread in life.member._threads]
+        return [thread for thread in (*own, *(call.thread for call in self.calls)) if thread.is_alive()]
 
     def pass_time(self, seconds: float) -> None:
         """Let that much time pass, slice by slice."""

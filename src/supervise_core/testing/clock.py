@@ -21,6 +21,7 @@ class FakeClock(Clock):
         self._offset = wall - start
         self._changed = threading.Condition()
         self._deadlines: dict[object, float] = {}
+        self._awaited: dict[object, Callable[[], bool]] = {}
 
     def monotonic(self) -> float:
         with self._changed:
@@ -53,6 +54,11 @@ class FakeClock(Clock):
             if not self._changed.wait_for(lambda: len(self._deadlines) >= count, timeout):
                 raise TimeoutError(f"{len(self._deadlines)} threads sleep on the clock, not {count}")
 
+    def at_rest(self) -> int:
+        """How many threads sleep on this clock, and have nothing to wake up for at this moment."""
+        with self._changed:
+            return sum(not self._awaited[sleeper]() for sleeper in self._deadlines)
+
     def _sleep(self, happened: Callable[[], bool], timeout: float | None) -> bool:
         me = object()
         with self._changed:
@@ -60,10 +66,12 @@ class FakeClock(Clock):
             if happened() or deadline <= self._now:
                 return bool(happened())
             self._deadlines[me] = deadline
+            self._awaited[me] = happened
             self._changed.notify_all()
             while me in self._deadlines and not happened():
                 self._changed.wait(0.001)  # what is waited for may be anything, and tells nobody
             self._deadlines.pop(me, None)
+            del self._awaited[me]
             return bool(happened())
 
 
