@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,3 +70,12 @@ def _start_time(pid: int) -> int | None:
         return None
     state, started = fields[0], int(fields[19])
     return None if state in ("Z", "X") else started
+
+
+def end_process(status: int) -> None:
+    """End this process without waiting for any thread, and without taking apart what there is in memory."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)

@@ -37,7 +37,6 @@ _GRACE_WHEN_INSISTED: Final = 1.0
 _UNHEARD_AFTER: Final = 2.0
 _UNHEARD_AT_MOST: Final = 60.0
 
-
 TRAINING_BLOCK: Final = "the training block"
 """The source of errors of the user's own training code."""
 
@@ -90,8 +89,12 @@ class Run(Generic[SessionT]):
             road.push(self._close_events_on_failure)
             self._open_events()
             self._prepare_saving()
-            self._start_services(opening.start_standard_services)
-            self._meet_the_others(opening.max_wait_secs)
+            try:
+                self._start_services(opening.start_standard_services)
+                self._meet_the_others(opening.max_wait_secs)
+            except BaseException as error:
+                self._give_up(error)
+                raise
             self._home = road.pop_all()
             self._opened = True
         plan.hooks.call(
@@ -112,12 +115,8 @@ class Run(Generic[SessionT]):
         self.meeting.state("the first step", self.report.first_step)
         self.meeting.state("save_every=", repr(self.plan.save_every))
         self.meeting.state("the number of ranks", self.plan.membership.size)
-        announcement = Announcement(self._holds_the_model(), self.report.first_step)
-        try:
-            self.meeting.begin(self.boundary, self.steps, announcement, max_wait_secs)
-        except BaseException as error:
-            self._give_up(error)
-            raise
+        ready = Announcement(self._holds_the_model(), self.report.first_step)
+        self.meeting.begin(self.boundary, self.steps, ready, max_wait_secs)
 
     def _holds_the_model(self) -> str | None:
         """The checkpoint that holds the model as it is begun with; None if there is none."""
@@ -196,16 +195,12 @@ class Run(Generic[SessionT]):
     def _start_services(self, standard: bool) -> None:
         timer = threading.Thread(target=self._keep_time, name="supervise-core timer", daemon=True)
         self.coordinator.register(timer)
-        try:
-            if standard and self.plan.logdir is not None and self.plan.is_chief:
-                self.start_standard_services()
-            elif standard and self.saver is not None:
-                self._start_adding_shares(self.saver)
-            for service in (*(self.plan.backend.services() if standard else ()), *self.plan.services):
-                self._start(service)
-        except BaseException as error:
-            self._give_up(error)
-            raise
+        if standard and self.plan.logdir is not None and self.plan.is_chief:
+            self.start_standard_services()
+        elif standard and self.saver is not None:
+            self._start_adding_shares(self.saver)
+        for service in (*(self.plan.backend.services() if standard else ()), *self.plan.services):
+            self._start(service)
         timer.start()
 
     def start_standard_services(self) -> list[threading.Thread]:
@@ -349,6 +344,8 @@ class Run(Generic[SessionT]):
 
     def _leave(self) -> None:
         errors = self.coordinator.errors
+        if errors and self.meeting.is_synchronous:
+            self._signals.hasten()
         self.meeting.leave(errors[0] if errors else None, self.coordinator.cause, self.report.last_step)
 
     def close_session(self) -> None:

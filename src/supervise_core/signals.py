@@ -6,15 +6,18 @@ the signal to a thread through a queue whose ``put`` is reentrant, and that thre
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import queue
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any, Final
 
 from supervise_core.coordinator import Coordinator
+from supervise_core.host import end_process
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class StopSignals:
         """Whether an end at once was asked for."""
         self.saving = False
         """Set while the final save is in flight: a further SIGTERM is then the same request."""
+        self._is_to_end_at_once = False
         self.ignores_later = False
         """Whether a process that ends by SIGTERM ignores any further one: a launcher sends it to all as soon as the
         first one ends, and they are to end with the same status."""
@@ -50,6 +54,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             _log.info("the session is not in the main thread, so SIGTERM and SIGINT keep their present meaning")
             return
+        atexit.register(self._end_at_once)  # now, as what is registered later is called before it
         self._thread = threading.Thread(target=self._forward, name="supervise-core signals", daemon=True)
         self._thread.start()
         for number in _SIGNALS:
@@ -65,10 +70,24 @@ class StopSignals:
                     is_over = self.ignores_later and number is self.first is signal.SIGTERM
                     signal.signal(number, signal.SIG_IGN if is_over else handler)
         finally:
+            if not self._is_to_end_at_once:
+                atexit.unregister(self._end_at_once)
             if self._thread is not None:
                 self._requests.put(None)
                 self._thread.join()
                 self._thread = None
+
+    def hasten(self) -> None:
+        """The run has failed: if a SIGTERM has come, too, this process ends as soon as its error was printed.
+
+        Without handlers it would have ended when the signal came. What Python takes apart at its end can take a second
+        with a large framework, and a launcher that starts all ranks again waits for the last one.
+        """
+        self._is_to_end_at_once = self.first is signal.SIGTERM
+
+    def _end_at_once(self) -> None:
+        if self._is_to_end_at_once and os.getpid() == self._process and getattr(sys, "last_value", None) is not None:
+            end_process(1)
 
     def heed(self, number: signal.Signals) -> None:
         """Another process of the run got a signal, and this one is to end as if it had got it itself."""

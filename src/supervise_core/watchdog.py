@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Final
 
 from supervise_core.clock import Clock
 from supervise_core.coordinator import stack_of
+from supervise_core.host import end_process
 
 _log = logging.getLogger(__name__)
 
@@ -87,12 +87,3 @@ class Watchdog:
         _log.critical("%s\nthis process ends now, without a final save", reason)
         self._last_words(reason)
         end_process(1)
-
-
-def end_process(status: int) -> None:
-    """End the process without waiting for any thread."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    os._exit(status)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -135,3 +137,31 @@ def test_a_forked_child_ends_as_it_would_without_a_session(signals: StopSignals,
     assert child.exitcode == -signal.SIGTERM
     assert signals.first is None
     assert not coordinator.should_stop()
+
+
+PROGRAM = """
+import atexit, os, signal, sys, time
+atexit.register(lambda: time.sleep(120))  # as what Python takes apart at its end
+from supervise_core.coordinator import Coordinator
+from supervise_core.signals import StopSignals
+stop_signals = StopSignals(Coordinator())
+stop_signals.install()
+atexit.register(lambda: print("a handler of the program"))
+os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+print("some output", end="")
+stop_signals.hasten()
+stop_signals.restore()
+raise ValueError("a peer is gone")
+"""
+
+
+def test_a_failed_run_that_was_told_to_end_does_so_once_its_error_is_printed() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "SIGTERM"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == "some outputa handler of the program\n"
+    assert done.stderr.endswith("ValueError: a peer is gone\n")
+
+
+def test_one_that_was_not_told_takes_its_time() -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", PROGRAM, "SIGCONT"], capture_output=True, timeout=3)
