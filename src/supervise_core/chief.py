@@ -71,7 +71,7 @@ class Chief(Member):
         return None if page is None or page.end is not None else page.owner
 
     def _first_words(self) -> None:
-        contents = self._board.get([member_page(rank) for rank in self._others()])
+        contents = self._insist(lambda: self._board.get([member_page(rank) for rank in self._others()]))
         pages = [MemberPage.from_bytes(content) for content in contents if content is not None]
         self._old_tokens = {page.token for page in pages if page.end is not None}
         self._looked_at = self._clock.monotonic() - _LOOK_AT_ALL_EVERY

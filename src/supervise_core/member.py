@@ -127,13 +127,31 @@ class Member(ABC):
     def _await_vacancy(self) -> None:
         """One that the same launcher ended may be on its way out still."""
         began = self._clock.monotonic()
-        while (other := self._incumbent()) is not None and other != self.identity and self._host.is_alive(other):
+        while (
+            (other := self._insist(self._incumbent)) is not None
+            and other != self.identity
+            and self._host.is_alive(other)
+        ):
             if self._clock.monotonic() - began >= _LEAVES_WITHIN:
                 raise MembershipError(
                     f"rank {self.roll.rank} at {self._board.location} is process {describe(other)} already, which "
                     "lives; give each process a rank of its own, and each run a place of its own, or end that one"
                 )
             self._clock.wait(self._over, _LOOKS_EVERY)
+
+    def _insist(self, ask: Callable[[], T]) -> T:
+        """What the board says, which may be slow to answer when all come at once.
+
+        :raises ConnectionError: if it cannot be reached for too long.
+        """
+        began = self._clock.monotonic()
+        while True:
+            try:
+                return ask()
+            except ConnectionError:
+                if self._clock.monotonic() - began > self._patience.silence:
+                    raise
+            self._clock.wait(self._over, LISTEN_FOR)
 
     @abstractmethod
     def _incumbent(self) -> Identity | None:

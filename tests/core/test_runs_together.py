@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 
 from supervise_core import (
     CheckpointDirectory,
+    DisagreementError,
     EverySteps,
     KeepAll,
     KeepBest,
@@ -45,8 +47,8 @@ SIZE = 3
 class MemoryMembership(Membership):
     """Members that meet in memory."""
 
-    def __init__(self, place: MemoryPlace, rank: int) -> None:
-        super().__init__(rank, SIZE, synchronous=True)
+    def __init__(self, place: MemoryPlace, rank: int, size: int) -> None:
+        super().__init__(rank, size, synchronous=True)
         self._place = place
 
     def connect(self, clock: Clock) -> Board:
@@ -64,16 +66,15 @@ class Together:
         self._options = options
         self.supervisors = [self.supervisor(rank) for rank in range(SIZE)]
 
-    def supervisor(self, rank: int, **options: Any) -> Supervisor[Any]:
+    def supervisor(self, rank: int, size: int = SIZE, **options: Any) -> Supervisor[Any]:
         return Supervisor(
             self._backend({"w": np.zeros(4)}),
             self.logdir,
-            membership=MemoryMembership(self._place, rank),
+            membership=MemoryMembership(self._place, rank, size),
             signals=False,
             summarize_every=None,
             grace=20,
-            **self._options,
-            **options,
+            **self._options | options,
         )
 
     def train(self, body: Training) -> list[Future[None]]:
@@ -204,6 +205,26 @@ def test_a_chief_that_is_started_by_mistake_is_refused_and_disturbs_nobody(tmp_p
     for run in runs.train(body):
         run.result()
     assert {sv.report.last_step for sv in runs.supervisors} == {20}
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"size": SIZE + 1}, r"the number of ranks: 4 on rank 1, and 3 on rank 0"),
+        ({"save_every": EverySteps(7)}, r"save_every=: 'EverySteps\(steps=7\)' on rank 1, and 'EverySteps\(steps=5\)'"),
+    ],
+)
+def test_what_must_be_the_same_and_is_not_is_said_everywhere(tmp_path: Path, option: dict[str, Any], said: str) -> None:
+    runs = Together(tmp_path, save_every=EverySteps(5))
+    runs.supervisors[1] = runs.supervisor(1, **option)
+
+    def body(sv: Supervisor[Any], session: Any, rank: int) -> None:
+        while not sv.should_stop():
+            runs.step(session)
+
+    ends = [run.exception() for run in runs.train(body)]
+    assert all(re.search(said, str(end)) for end in ends), ends
+    assert [type(end) for end in ends] == [DisagreementError, MemberFailedError, MemberFailedError]
 
 
 @pytest.mark.parametrize("leave", [lambda: sys.exit(3), lambda: _interrupt()])

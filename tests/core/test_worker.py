@@ -379,6 +379,24 @@ def test_a_chief_that_dies_leaves_no_outcome_open(hall: Hall) -> None:
     assert waiting.result().checkpoint is None
 
 
+# ---- the start
+
+
+def test_a_board_that_is_slow_to_answer_when_all_come_is_asked_again(hall: Hall) -> None:
+    hall.place.is_away = True
+    joining = hall.call(lambda: hall.worker())
+    hall.pass_time(10)
+    hall.place.is_away = False
+    assert joining.result(within=1).member.token
+
+
+def test_but_not_for_ever(hall: Hall) -> None:
+    hall.place.is_away = True
+    with pytest.raises(ConnectionError):
+        hall.call(lambda: hall.worker()).result(within=21)
+    hall.lives.clear()
+
+
 # ---- two processes for one rank
 
 

@@ -19,6 +19,8 @@ class MemoryPlace:
         self.rings: set[str] = set()
         self.loses_rings = False
         """A fault: from now on nobody hears a ring."""
+        self.is_away = False
+        """A fault: nobody can reach it."""
         self._lock = threading.Lock()
         self._waiting: set[threading.Event] = set()
 
@@ -122,7 +124,7 @@ class MemoryBoard(Board):
         self._check()
 
     def _check(self) -> None:
-        if self._cut_off:
+        if self._cut_off or self.place.is_away:
             raise ConnectionError("this board was cut off from its place")
 
     def _wait_until(self, happened: Callable[[], bool], timeout: float) -> None:
