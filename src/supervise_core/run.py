@@ -129,6 +129,8 @@ class Run(Generic[SessionT]):
 
     def _leave_after_failure(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
+            if self.meeting.is_synchronous:
+                self._signals.hasten()
             is_stopped = isinstance(error, SessionStateError) and self.coordinator.should_stop()
             self.meeting.end(0)
             failure = None if is_stopped else StopCause("the start of the session", error)

@@ -44,7 +44,7 @@ class StopSignals:
         """Whether an end at once was asked for."""
         self.saving = False
         """Set while the final save is in flight: a further SIGTERM is then the same request."""
-        self._is_to_end_at_once = False
+        self._has_failed = False
         self.ignores_later = False
         """Whether a process that ends by SIGTERM ignores any further one: a launcher sends it to all as soon as the
         first one ends, and they are to end with the same status."""
@@ -70,7 +70,7 @@ class StopSignals:
                     is_over = self.ignores_later and number is self.first is signal.SIGTERM
                     signal.signal(number, signal.SIG_IGN if is_over else handler)
         finally:
-            if not self._is_to_end_at_once:
+            if not self._is_to_end_at_once():  # now, as no further signal comes here
                 atexit.unregister(self._end_at_once)
             if self._thread is not None:
                 self._requests.put(None)
@@ -78,15 +78,18 @@ class StopSignals:
                 self._thread = None
 
     def hasten(self) -> None:
-        """The run has failed: if a SIGTERM has come, too, this process ends as soon as its error was printed.
+        """The run has failed: if a SIGTERM comes, too, this process ends as soon as its error was printed.
 
         Without handlers it would have ended when the signal came. What Python takes apart at its end can take a second
         with a large framework, and a launcher that starts all ranks again waits for the last one.
         """
-        self._is_to_end_at_once = self.first is signal.SIGTERM
+        self._has_failed = True
+
+    def _is_to_end_at_once(self) -> bool:
+        return self._has_failed and self.first is signal.SIGTERM
 
     def _end_at_once(self) -> None:
-        if self._is_to_end_at_once and os.getpid() == self._process and getattr(sys, "last_value", None) is not None:
+        if self._is_to_end_at_once() and os.getpid() == self._process and getattr(sys, "last_value", None) is not None:
             end_process(1)
 
     def heed(self, number: signal.Signals) -> None:
