@@ -100,6 +100,7 @@ class Member(ABC):
         self._lock = threading.RLock()
         self._waiting: set[threading.Event] = set()
         self._to_say = threading.Event()
+        self._has_spoken = threading.Event()
         self._unsaid: dict[str, bytes] = {}
         self._over = threading.Event()
         self._beats = 0
@@ -123,6 +124,8 @@ class Member(ABC):
         self._first_words()
         for thread in self._threads:
             thread.start()
+        # what comes next may hold the interpreter's lock for long: by then the others are to know of this member
+        self._clock.wait(self._has_spoken, self._patience.silence)
 
     def _await_vacancy(self) -> None:
         """One that the same launcher ended may be on its way out still."""
@@ -240,6 +243,7 @@ class Member(ABC):
             while (following := self._next_unsaid()) is not None:
                 page, content = following
                 self._try(lambda: self._put(page, content))  # noqa: B023 - called at once
+            self._has_spoken.set()
             if is_over:
                 return
             self._clock.wait(self._to_say, max(0.0, beat_due - self._clock.monotonic()))

@@ -246,6 +246,8 @@ class Worker(Member):
                 if chief is not None and chief.go:
                     return True  # also if it has ended since: it may have had no step to make
                 if chief is not None and chief.end is not None and chief.stop is None:  # a stop is heard as such
+                    if chief.end.kind == "failed":
+                        raise MemberFailedError(chief.end.rank, chief.end.text)
                     raise ChiefLostError(f"rank 0, the chief, ended before training began: {chief.end.text}")
                 return None
 
