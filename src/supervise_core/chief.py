@@ -356,8 +356,10 @@ class Chief(Member):
             return True if not missing() or gone & set(missing()) or self._has_given_up() else None
 
         self._missing = missing
-        self.await_news(look, limit, f"all shares of the checkpoint of step {draft.step}")
-        self._missing = list
+        try:
+            self.await_news(look, limit, f"all shares of the checkpoint of step {draft.step}")
+        finally:
+            self._missing = list
         if ranks := missing():
             guilty = [rank for rank in ranks if self._is_gone(rank)] or ranks
             pages = [self._members.get(rank) for rank in guilty]

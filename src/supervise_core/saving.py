@@ -62,8 +62,10 @@ class RunSaver:
         self._report = report
         self._meeting = meeting
         self._metrics: tuple[int, dict[str, float]] = (report.first_step, dict(metrics))
-        self._has_asked_to_be_kept = False
-        """Whether the metrics are for the next checkpoint of all processes, whichever step they agree on."""
+        self._has_asked_for_metrics = False
+        """Whether the metrics asked for a checkpoint that all processes are still to agree on."""
+        self._carries_metrics = False
+        """Whether the snapshot of this boundary is that one, and has the metrics, whatever step it is of."""
         self._held_position: object = None
         self._told_at: int | None = None
         self._warned = self._warned_of_concurrency = self._ended = False
@@ -78,7 +80,7 @@ class RunSaver:
         )
         if meeting.is_synchronous:
             self.checkpointer.agree = meeting.wish_save
-            meeting.save = self.checkpointer.grant
+            meeting.save = self._grant
 
     def note_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Keep metrics for the checkpoint of this step, and have it taken if they decide what is kept."""
@@ -90,8 +92,13 @@ class RunSaver:
         if alone and self.checkpointer.is_serving and self._loop.position_at_stop() is not None:
             self.checkpointer.save(step, wait=True)  # now: at the next boundary the model may be a step further
         else:
-            self._has_asked_to_be_kept = not alone
+            self._has_asked_for_metrics = not alone
             self.checkpointer.request()
+
+    def _grant(self) -> None:
+        """All processes take a checkpoint at this boundary."""
+        self._carries_metrics, self._has_asked_for_metrics = self._has_asked_for_metrics, False
+        self.checkpointer.grant()
 
     def hold_at_stop(self) -> None:
         """On a stop, take the snapshot of this boundary, if it is one that may be saved and was not taken already."""
@@ -168,8 +175,8 @@ class RunSaver:
         finally:
             staging.discard()
         self._check_pieces(snapshot)
-        metrics = self._metrics[1] if self._metrics[0] == step or self._has_asked_to_be_kept else {}
-        self._has_asked_to_be_kept = False
+        metrics = self._metrics[1] if self._metrics[0] == step or self._carries_metrics else {}
+        self._carries_metrics = False
         if not snapshot.consistent:
             self._warn_of_concurrency()
         taken_at = step if snapshot.step is None else snapshot.step
