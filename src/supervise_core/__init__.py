@@ -20,7 +20,7 @@ The floors of this package, from what users call down to what knows nothing; imp
      3   boxes, data_stream, hookspecs, numpy_codec, safetensors_format, services
      2   boundary, looper, report, signals, tensors, watchdog
      1   agreement, coordinator, data_source, file_board, lease, memory, retention, summaries, tagged_json, triggers
-     0   board, clock, disk, errors, host, process_random, readiness
+     0   board, clock, disk, errors, hashing, host, process_random, readiness
 
 Floors 13 to 18 are the road of a run and its loop; 11 and 12 save and recover; 4 to 10 are state in memory, checkpoints
 on disk, the other processes of a run and the port to a framework; 0 to 3 are values, time, threads, and formats. A

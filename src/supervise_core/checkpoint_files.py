@@ -6,13 +6,11 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Final, Self
-
-import xxhash
 
 from supervise_core.checkpoint_format import (
     Base,
@@ -25,10 +23,11 @@ from supervise_core.checkpoint_format import (
     Written,
 )
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.manifest import LARGEST_STATE, RANKS, STATE, FileRecord, Manifest, check_file_name, hash_of
+from supervise_core.hashing import HASHED_APART, TensorFileHash, digest_of, hash_of
+from supervise_core.manifest import LARGEST_STATE, RANKS, STATE, FileRecord, Manifest, check_file_name
 from supervise_core.memory import in_blocks, no_collection
 from supervise_core.parts import Part, ReadTensors, Target
-from supervise_core.safetensors_format import parse_json_object
+from supervise_core.safetensors_format import SUFFIX, Layout, parse_json_object
 from supervise_core.sharing import place
 from supervise_core.snapshot import FileImage, Snapshot
 from supervise_core.tagged_json import Json, decode
@@ -50,7 +49,8 @@ def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json, base: Base
     with _ImageWriter(draft) as writer:
         for part in snapshot.parts.values():
             placement = place(draft, part, base)
-            written = [Shard(file.name, writer.write(file), _sizes(file)) for file in placement.files]
+            digests = {} if snapshot.is_live else part.digests
+            written = [Shard(file.name, writer.write(file, digests), _sizes(file)) for file in placement.files]
             shards = [*placement.linked, *written]
             records |= {shard.file: shard.record for shard in shards}
             placed[part.name] = PlacedPart(shards, part.number)
@@ -61,48 +61,76 @@ def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json, base: Base
 
 
 class _ImageWriter:
-    """Writes files of tensors, and hashes them meanwhile on a thread of its own: both let go of the GIL."""
+    """Writes files of tensors; a thread of its own puts them together and hashes them meanwhile."""
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
-        self._hashing = ThreadPoolExecutor(1, "supervise-core hashes")
+        self._helper = ThreadPoolExecutor(1, "supervise-core hashes")
         self.helped = 0.0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hashing.shutdown()
+        self._helper.shutdown()
 
-    def write(self, image: FileImage) -> FileRecord:
+    def write(self, image: FileImage, digests: dict[str, bytes]) -> FileRecord:
         """Write one file; its size and hash."""
         if image.blocks is None:
-            digest = xxhash.xxh3_128()
-            self._draft.write_blocks(image.name, self._gathered(image, digest), image.size)
+            digest = TensorFileHash(image.layout.header)
+            self._draft.write_blocks(image.name, self._gathered(image, digest, digests), image.size)
             return FileRecord(image.size, digest.hexdigest())
-        hashed = self._hashing.submit(self._hash, image)
+        hashed = self._helper.submit(self._hash, image.layout, image.blocks, digests)
         self._draft.write_blocks(image.name, [image.blocks], image.size)
         return FileRecord(image.size, hashed.result())
 
-    def _gathered(self, image: FileImage, digest: xxhash.xxh3_128) -> Iterator[memoryview]:
-        """The file in pieces of one memory, each of which is hashed while it is written."""
-        hashed: list[Future[None]] = []
-        for piece in in_blocks(
-            image.chunks(), image.size, lambda filled: hashed.append(self._hashing.submit(self._update, digest, filled))
-        ):
+    def _gathered(self, image: FileImage, digest: TensorFileHash, digests: dict[str, bytes]) -> Iterator[memoryview]:
+        """The file in pieces, each put together and hashed while the one before it is written."""
+        pieces = in_blocks(_hashed(image, digest, digests), image.size)
+        ahead = self._helper.submit(self._next_of, pieces)
+        while (piece := ahead.result()) is not None:
+            ahead = self._helper.submit(self._next_of, pieces)
             yield piece
-            hashed.pop().result()
 
-    def _update(self, digest: xxhash.xxh3_128, piece: memoryview) -> None:
+    def _next_of(self, pieces: Iterator[memoryview]) -> memoryview | None:
         began = time.thread_time()
-        digest.update(piece)
+        piece = next(pieces, None)
         self.helped += time.thread_time() - began
+        return piece
 
-    def _hash(self, image: FileImage) -> str:
+    def _hash(self, layout: Layout, blocks: memoryview, digests: dict[str, bytes]) -> str:
         began = time.thread_time()
-        digest = hash_of(image.chunks())
+        digest = TensorFileHash(layout.header)
+        at = len(layout.header)
+        for name, begin, nbytes in layout.apart:
+            digest.update(blocks[at:begin])
+            at = begin + nbytes
+            digest.add_apart(_digest_of(name, blocks[begin:at], digests))
+        digest.update(blocks[at : layout.size])
         self.helped += time.thread_time() - began
-        return digest
+        return digest.hexdigest()
+
+
+def _hashed(image: FileImage, digest: TensorFileHash, digests: dict[str, bytes]) -> Iterator[memoryview]:
+    """The content of a file piece by piece, in the order of the file, each hashed as it is given."""
+    yield memoryview(image.layout.header)
+    for tensor in image.tensors:
+        if not tensor.spec.nbytes:
+            continue
+        content = tensor.content()
+        if len(content) < HASHED_APART:
+            digest.update(content)
+        else:
+            digest.add_apart(_digest_of(tensor.spec.name, content, digests))
+        yield content
+
+
+def _digest_of(name: str, content: memoryview, digests: dict[str, bytes]) -> bytes:
+    """The hash of a large tensor, if it has to be computed or not."""
+    digest = digests.get(name)
+    if digest is None:
+        digest = digests[name] = digest_of(content)
+    return digest
 
 
 def check_state_size(snapshot: Snapshot, run_state: Json) -> None:
@@ -243,7 +271,7 @@ class _Files:
 
     def tensors(self, part: str) -> tuple[Mapping[str, TensorSpec], ReadTensors]:
         """The tensors of a part: from its one file, from the shards that its index names, or none."""
-        single, index = f"{self._prefix}{part}.safetensors", self._prefix + index_name(part)
+        single, index = f"{self._prefix}{part}{SUFFIX}", self._prefix + index_name(part)
         if index in self._records:
             return self._sharded(index)
         if single not in self._records:
@@ -254,7 +282,10 @@ class _Files:
     def verify(self, again: bool) -> None:
         """Verify the files that were not read yet, or all of them."""
         for file in sorted(self._records if again else set(self._records) - self._verified):
-            self._reader.verify(file, self._records[file])
+            if file.endswith(SUFFIX):
+                self._file(file).read({})
+            else:
+                self._reader.verify(file, self._records[file])
 
     def _sharded(self, index: str) -> tuple[Mapping[str, TensorSpec], ReadTensors]:
         match self._json(index):
@@ -305,7 +336,7 @@ class _Files:
 
 def index_name(part: str) -> str:
     """The name of the file that says which shard holds which tensor of a part."""
-    return f"{part}.safetensors.index.json"
+    return f"{part}{SUFFIX}.index.json"
 
 
 def rank_prefix(rank: int) -> str:

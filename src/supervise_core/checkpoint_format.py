@@ -10,7 +10,8 @@ from typing import Any, Final, NamedTuple, Self
 
 from supervise_core.disk import cut_off
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.manifest import LARGEST_MANIFEST, MANIFEST, FileRecord, Manifest, hash_of
+from supervise_core.hashing import hash_of
+from supervise_core.manifest import LARGEST_MANIFEST, MANIFEST, FileRecord, Manifest
 from supervise_core.parts import Part
 from supervise_core.snapshot import Snapshot
 from supervise_core.tagged_json import Json

@@ -43,6 +43,10 @@ _mmap.restype = ctypes.c_void_p
 _mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
 _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_sync_file_range: Any = getattr(_libc, "sync_file_range", None)  # Linux alone has it
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 
@@ -88,6 +92,15 @@ class Disk:
     def truncate(self, descriptor: int, size: int) -> None:
         """Cut off what is beyond so many bytes."""
         os.ftruncate(descriptor, size)
+
+    def begin_sync(self, descriptor: int) -> None:
+        """Have a file's content set off for the disk, and do not wait for it: nothing is promised.
+
+        A file system that finds a place for new content as late as it can finds one now. No error is lost: whoever
+        waits for the content is told.
+        """
+        if _sync_file_range is not None:
+            _sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
     def sync(self, descriptor: int) -> None:
         """Make a file's content survive a power cut."""
@@ -348,8 +361,8 @@ def _close_all(descriptors: list[int]) -> None:
 class Unsynced:
     """Files that are held open until they are made durable, all at once.
 
-    A file system writes its journal for each file that is made durable after something has changed: often enough that
-    it is felt, if each file is seen to before the next one is begun.
+    A file system writes its journal for each file that is made durable after something has changed, and finding a place
+    for the content of the next file is such a change. So all of them set off first, and one journal has them all.
     """
 
     def __init__(self, disk: Disk) -> None:
@@ -364,6 +377,8 @@ class Unsynced:
 
     def sync(self) -> None:
         """Make them durable in the order in which they came, and let go of them."""
+        for descriptor in self._descriptors[1:]:
+            self._disk.begin_sync(descriptor)
         while self._descriptors:
             self._disk.sync(self._descriptors[0])
             self._disk.close(self._descriptors.pop(0))

@@ -42,11 +42,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
-import xxhash
-
 from supervise_core.board import Board, check_page
 from supervise_core.clock import Clock, SystemClock
 from supervise_core.disk import Disk
+from supervise_core.hashing import hash_of
 
 _SHORTEST: Final = 0.005
 _LONGEST: Final = 0.1
@@ -296,7 +295,7 @@ class _Directories:
 
 
 def _head(content: bytes) -> bytes:
-    return xxhash.xxh3_128_hexdigest(content).encode() + b"\n"
+    return hash_of([content]).encode() + b"\n"
 
 
 def _rung_page(name: str) -> str | None:

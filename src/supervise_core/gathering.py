@@ -18,7 +18,8 @@ from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chu
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.chief import Chief
 from supervise_core.errors import MembershipError, SaveNotWantedError
-from supervise_core.manifest import RANKS, STATE, FileRecord, Manifest, hash_of
+from supervise_core.hashing import hash_of
+from supervise_core.manifest import RANKS, STATE, FileRecord, Manifest
 from supervise_core.memory import in_blocks
 from supervise_core.pages import OpenDraft
 from supervise_core.worker import Worker
@@ -214,7 +215,7 @@ class _ShareDraft(Draft):
             return
         pieces = [memoryview(chunk) for chunk in chunks]
         size = sum(piece.nbytes for piece in pieces)
-        self._store.write_into(self.location, file, in_blocks(pieces, size, lambda _: None), size)
+        self._store.write_into(self.location, file, in_blocks(pieces, size), size)
 
     def write_blocks(self, file: str, pieces: Iterable[memoryview], size: int) -> None:
         self._store.write_into(self.location, file, pieces, size)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import xxhash
-
+from supervise_core.hashing import hash_of
 from supervise_core.safetensors_format import parse_json_object
 
 MANIFEST: Final = "manifest.json"
@@ -29,7 +28,7 @@ _FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """Size in bytes and xxh3-128 (hexadecimal) of one file."""
+    """Size in bytes and xxh3-128 (hexadecimal) of one file; of a safetensors file, see ``hashing.TensorFileHash``."""
 
     size: int
     xxh3_128: str
@@ -107,14 +106,6 @@ class Manifest:
                 )
             case _:
                 raise ValueError("the manifest lacks a field, or one is of the wrong type")
-
-
-def hash_of(chunks: Iterable[bytes | bytearray | memoryview]) -> str:
-    """The xxh3-128 of the chunks one after another, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_file_name(name: str) -> str:

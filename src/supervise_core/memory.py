@@ -6,12 +6,14 @@ import ctypes
 import gc
 import mmap
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 from supervise_core.disk import BLOCK
+from supervise_core.hashing import digest_of
 
 _NOTHING: Final = ctypes.c_char * 0
 _WRITABLE: Final = 0x200  # PyBUF_WRITE
@@ -32,7 +34,13 @@ _view_from_memory.restype = ctypes.py_object
 _STRIDE: Final = 1 << 20
 """How much is compared before it is copied: enough to be quick, and little enough to be in the cache still."""
 
+_SAMPLE: Final = 4096
+"""How much is compared in each of three places before all of a large tensor is read."""
+
 _WORTH_A_THREAD: Final = 32 << 20
+
+_TASK: Final = 16 << 20
+"""The most that one of two threads takes on at a time."""
 
 _GATHERED: Final = 16 << 20
 
@@ -91,60 +99,82 @@ def no_collection() -> Generator[None, None, None]:
             gc.enable()
 
 
-def in_blocks(chunks: Iterable[memoryview], size: int, seen: Callable[[memoryview], object]) -> Iterator[memoryview]:
+def in_blocks(chunks: Iterable[memoryview], size: int) -> Iterator[memoryview]:
     """The chunks one after another, ``size`` bytes, in whole blocks of memory that begins at a block.
 
-    The same memory is given again and again. ``seen`` gets each piece first, without what only fills the last block.
+    Two pieces of memory are given in turns, so that one can be written from while the other is filled.
     """
-    buffer = own_memory(min(_GATHERED, _up_to_block(size)))
-    begin, capacity, filled = address_of(buffer), len(buffer), 0
+    nbytes = min(_GATHERED, _up_to_block(size))
+    buffers = [own_memory(nbytes)]
+    filled = 0
     for chunk in chunks:
-        done, nbytes = 0, len(chunk)
-        while done < nbytes:
-            count = min(nbytes - done, capacity - filled)
+        done = 0
+        while done < len(chunk):
+            buffer = buffers[0]
+            count = min(len(chunk) - done, nbytes - filled)
             if chunk.readonly:
                 buffer[filled : filled + count] = chunk[done : done + count]
             else:
-                copy(begin + filled, address_of(chunk) + done, count)
+                copy(address_of(buffer) + filled, address_of(chunk) + done, count)
             done += count
             filled += count
-            if filled == capacity:
-                seen(buffer)
+            if filled == nbytes:
                 yield buffer
+                buffers = [own_memory(nbytes) if len(buffers) == 1 else buffers[1], buffer]
                 filled = 0
     if filled:
-        seen(buffer[:filled])
-        yield buffer[: _up_to_block(filled)]
+        yield buffers[0][: _up_to_block(filled)]
 
 
 def _up_to_block(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def bring_up_to_date(moves: Sequence[Move]) -> list[bool]:
+def bring_up_to_date(moves: Sequence[Move], digests: Mapping[int, bytes] | None = None) -> list[bool]:
     """Copy what differs; of each move, whether anything did.
 
-    What is the same is read and not written, which takes as long as copying it. Of what differs only the beginning is
-    compared. Two threads share what is worth it: one alone does not use the whole of the memory's speed.
+    ``digests`` are the hashes (see ``hashing``) of what lies at some of the targets: there only the source is read to
+    see that it is the same, which is a third less to read and write. Of what differs only the beginning is compared.
+    Two threads share what is worth it: one alone does not use the whole of the memory's speed.
     """
-    halves = _halves(moves)
-    if halves is None or (os.cpu_count() or 1) < 2:
-        return [_update(move) for move in moves]
-    with ThreadPoolExecutor(1, "supervise-core copies") as other:
-        second = other.submit(_update_all, halves[1])
-        differed = [*_update_all(halves[0]), *second.result()]
-    if len(differed) == len(moves):
+    known = digests or {}
+    differed = [False] * len(moves)
+    if sum(move.nbytes for move in moves) < _WORTH_A_THREAD or (os.cpu_count() or 1) < 2:
+        for number, move in enumerate(moves):
+            differed[number] = _update(move, known.get(move.target))
         return differed
-    middle = len(halves[0]) - 1  # of this one each half had a part
-    return [*differed[:middle], differed[middle] or differed[middle + 1], *differed[middle + 2 :]]
+    waiting = deque(_tasks(moves, known))
+
+    def work() -> None:
+        while True:
+            try:
+                number, move = waiting.popleft()
+            except IndexError:
+                return
+            if _update(move, known.get(move.target)):
+                differed[number] = True
+
+    with ThreadPoolExecutor(1, "supervise-core copies") as other:
+        second = other.submit(work)
+        work()
+        second.result()
+    return differed
 
 
-def _update_all(moves: Sequence[Move]) -> list[bool]:
-    return [_update(move) for move in moves]
+def _tasks(moves: Sequence[Move], digests: Mapping[int, bytes]) -> Iterator[tuple[int, Move]]:
+    """The moves with their numbers, large ones cut unless they are compared as a whole."""
+    for number, move in enumerate(moves):
+        if move.nbytes <= _TASK or move.target in digests:
+            yield number, move
+            continue
+        for begin in range(0, move.nbytes, _TASK):
+            yield number, Move(move.target + begin, move.source + begin, min(_TASK, move.nbytes - begin))
 
 
-def _update(move: Move) -> bool:
+def _update(move: Move, digest: bytes | None) -> bool:
     target, source, nbytes = move
+    if digest is not None and _looks_the_same(move) and digest_of(view_at(source, nbytes)) == digest:
+        return False
     done = 0
     while done < nbytes:
         if _memcmp(target + done, source + done, min(_STRIDE, nbytes - done)):
@@ -154,16 +184,9 @@ def _update(move: Move) -> bool:
     return False
 
 
-def _halves(moves: Sequence[Move]) -> tuple[list[Move], list[Move]] | None:
-    """Two halves of the bytes, a move in the middle cut in two; None if it is not worth it."""
-    half = sum(move.nbytes for move in moves) // 2
-    if half < _WORTH_A_THREAD:
-        return None
-    before = 0
-    for index, (target, source, nbytes) in enumerate(moves):
-        if before + nbytes >= half:
-            cut = half - before
-            first, second = [*moves[:index], Move(target, source, cut)], list(moves[index + 1 :])
-            return first, [Move(target + cut, source + cut, nbytes - cut), *second] if cut < nbytes else second
-        before += nbytes
-    return None
+def _looks_the_same(move: Move) -> bool:
+    """Whether it is worth reading all of it: what is trained differs nearly everywhere."""
+    target, source, nbytes = move
+    size = min(_SAMPLE, nbytes)
+    places = (0, (nbytes - size) // 2, nbytes - size)
+    return not any(_memcmp(target + at, source + at, size) for at in places)

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from supervise_core.hashing import HASHED_APART
 from supervise_core.tensors import BITS, TensorSpec
 
+SUFFIX: Final = ".safetensors"
 PAGE: Final = 4096
 _LENGTH: Final = struct.Struct("<Q")
 HEADER_LENGTH: Final = _LENGTH.size
@@ -28,15 +30,21 @@ class Layout:
     header: bytes
     offsets: Mapping[str, int]
     size: int
+    apart: Sequence[tuple[str, int, int]] = ()
+    """The large tensors, which are hashed apart: name, offset and size."""
 
 
 def lay_out(specs: Iterable[TensorSpec]) -> Layout:
     """The layout of a file with these tensors: widest elements first, so that each one is aligned to its own width."""
     ordered = sorted(specs, key=lambda spec: (-BITS[spec.dtype], spec.name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    large: list[tuple[str, int, int]] = []
     begin = 0
     for spec in ordered:
-        end = begin + spec.nbytes
+        nbytes = spec.nbytes
+        end = begin + nbytes
+        if nbytes >= HASHED_APART:
+            large.append((spec.name, begin, nbytes))
         entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode("ascii")
@@ -45,7 +53,8 @@ def lay_out(specs: Iterable[TensorSpec]) -> Layout:
         raise ValueError(f"{len(ordered)} tensors need a header of {len(text)} bytes, more than safetensors allows")
     header = _LENGTH.pack(padded - _LENGTH.size) + text.ljust(padded - _LENGTH.size)
     offsets = {spec.name: padded + entries[spec.name]["data_offsets"][0] for spec in ordered}
-    return Layout(header, offsets, padded + begin)
+    apart = tuple((name, padded + at, nbytes) for name, at, nbytes in large)
+    return Layout(header, offsets, padded + begin, apart)
 
 
 class TensorRange(NamedTuple):

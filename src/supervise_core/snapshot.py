@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from supervise_core.safetensors_format import Layout, lay_out
+from supervise_core.safetensors_format import SUFFIX, Layout, lay_out
 from supervise_core.tagged_json import Json
 from supervise_core.tensors import TensorSpec
 
@@ -30,7 +30,7 @@ def check_part_name(name: str) -> None:
 
 def shard_name(part: str, number: int, count: int) -> str:
     """The name of one file of a part's tensors, as Hugging Face's tools name them."""
-    return f"{part}.safetensors" if count == 1 else f"{part}-{number:05d}-of-{count:05d}.safetensors"
+    return f"{part}{SUFFIX}" if count == 1 else f"{part}-{number:05d}-of-{count:05d}{SUFFIX}"
 
 
 def shards_of(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
@@ -76,9 +76,6 @@ class FileImage:
 
     def chunks(self) -> Iterator[memoryview]:
         """The content piece by piece, in the order of the file."""
-        if self.blocks is not None:
-            yield self.blocks[: self.size]
-            return
         yield memoryview(self.layout.header)
         for tensor in self.tensors:
             if tensor.spec.nbytes:
@@ -89,6 +86,7 @@ class FileImage:
 class PartImage:
     """One part of the state: its tagged JSON, and the files with its tensors (none, one, or several shards).
 
+    ``digests`` are the hashes of large tensors by name, as far as they are known; whoever hashes one adds to them.
     ``changed_at`` says of each tensor in which snapshot of the same ``Staging`` its bytes were last others than in the
     one before. ``number`` is that of this snapshot. No file is to be larger than ``shard_bytes``. ``per_rank``: where
     several processes train together, each has its own; ``is_piece``: only all of them together are the state.
@@ -100,6 +98,7 @@ class PartImage:
     changed_at: Mapping[str, int]
     number: int
     shard_bytes: int
+    digests: dict[str, bytes] = field(default_factory=dict[str, bytes])
     per_rank: bool = False
     is_piece: bool = False
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
 from supervise_core.boxes import is_boxed
 from supervise_core.disk import BLOCK
@@ -24,6 +24,14 @@ from supervise_core.tensors import Arrival, TensorCodec, TensorSpec
 
 SHARD_BYTES: Final = 5 * 10**9
 _NAMES_TO_SPARE: Final = 1000
+
+
+class _Taken(NamedTuple):
+    """What of a ``PartImage`` comes from its tensors."""
+
+    files: tuple[FileImage, ...]
+    changed_at: Mapping[str, int]
+    digests: dict[str, bytes]
 
 
 class Staging:
@@ -74,10 +82,11 @@ class Staging:
             if len(names) > 2 * len(flat.tensors) + _NAMES_TO_SPARE:
                 names.clear()  # the keys of this state change all the time
             number = self._next_number()
-            files, changed_at = self._take(flat, number)
+            taken = self._take(flat, number)
         self._parts[part] = PartImage(
-            part, skeleton, files, changed_at, number, self._shard_bytes, per_rank, is_piece=bool(boxes)
-        )
+            part, skeleton, taken.files, taken.changed_at, number, self._shard_bytes, taken.digests, per_rank,
+            is_piece=bool(boxes),
+        )  # fmt: skip
 
     def snapshot(self, step: int | None = None, consistent: bool = True) -> Snapshot:
         """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""
@@ -111,20 +120,20 @@ class Staging:
         """The memory of a part, made for that snapshot; or, with no number, after all that were taken till now."""
         with self._lock:
             kept = self._kept.get(part)
-            if kept is None or kept.specs != specs:
+            if kept is None or kept.specs != specs or kept.is_doubtful:
                 if number is None:
                     number = self._number = self._number + 1
                 self._kept.pop(part, None)  # the old memory goes before the new one comes
                 kept = self._kept[part] = _Kept.of(part, specs, self._shard_bytes, number)
             return kept
 
-    def _take(self, flat: Flattening, number: int) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
-        """Copy the tensors of one part; its files, and when each tensor last changed."""
+    def _take(self, flat: Flattening, number: int) -> _Taken:
+        """Copy the tensors of one part."""
         specs = [tensor.stored.spec for tensor in flat.tensors.values()]
         kept = self._kept_for(flat.part, specs, number)
         moves: list[Move] = []
         handed: dict[str, list[tuple[Any, memoryview]]] = {}
-        before: dict[str, int] = {}
+        before: dict[str, _Before] = {}
         for name, tensor in flat.tensors.items():
             nbytes = tensor.stored.spec.nbytes
             if not nbytes:
@@ -134,13 +143,14 @@ class Staging:
                 moves.append(Move(place, tensor.address, nbytes))
             else:
                 handed.setdefault(tensor.tag, []).append((tensor.value, view_at(place, nbytes)))
-                before[name], kept.changed_at[name] = kept.changed_at[name], number
+                before[name] = kept.changed_at[name], kept.digests.pop(name, None)
+                kept.changed_at[name] = number
         changed_at = kept.update(moves, number)
         for tag, tensors in handed.items():
             arrival = flat.codecs[tag].copy_out(tensors)
             if arrival is not None:
                 self._pending.append(_finishing(arrival, kept, before, number, changed_at))
-        return kept.files, changed_at
+        return _Taken(kept.files, changed_at, kept.digests)
 
 
 class Outline(Staging):
@@ -150,9 +160,9 @@ class Outline(Staging):
         super().__init__()
         self.forms: dict[str, list[TensorSpec]] = {}
 
-    def _take(self, flat: Flattening, number: int) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
+    def _take(self, flat: Flattening, number: int) -> _Taken:
         self.forms[flat.part] = [tensor.stored.spec for tensor in flat.tensors.values()]
-        return (), {}
+        return _Taken((), {}, {})
 
 
 class NoStaging(Staging):
@@ -163,7 +173,7 @@ class NoStaging(Staging):
     def reserve(self, outline: Outline) -> None:
         """There is nothing to be had."""
 
-    def _take(self, flat: Flattening, number: int) -> tuple[tuple[FileImage, ...], Mapping[str, int]]:
+    def _take(self, flat: Flattening, number: int) -> _Taken:
         images = [
             TensorImage(tensor.stored.spec, _reader_of(flat.codecs[tensor.tag], tensor))
             for tensor in flat.tensors.values()
@@ -174,7 +184,11 @@ class NoStaging(Staging):
             FileImage.of(name, [by_name[spec.name] for spec in shard])
             for name, shard in zip(_file_names(flat.part, len(sharded)), sharded, strict=True)
         )
-        return files, dict.fromkeys(by_name, number)
+        return _Taken(files, dict.fromkeys(by_name, number), {})
+
+
+_Before = tuple[int, bytes | None]
+"""When a tensor last changed, and its hash if that is known."""
 
 
 @dataclass(slots=True)
@@ -187,12 +201,21 @@ class _Kept:
     names: dict[int, str]
     """By their places, of the tensors that have any bytes."""
     changed_at: dict[str, int]
+    digests: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """The hashes of large tensors as they lie there, which the writer has computed."""
+    is_doubtful: bool = False
+    """Whether an update was broken off: what was copied and not noted would count as unchanged from then on."""
 
     def update(self, moves: Sequence[Move], number: int) -> dict[str, int]:
         """Bring the memory up to date; when each tensor last changed."""
-        for move, differs in zip(moves, bring_up_to_date(moves), strict=True):
+        self.is_doubtful = True
+        known = {self.places[name]: digest for name, digest in self.digests.items()}
+        for move, differs in zip(moves, bring_up_to_date(moves, known), strict=True):
             if differs:
-                self.changed_at[self.names[move.target]] = number
+                name = self.names[move.target]
+                self.changed_at[name] = number
+                self.digests.pop(name, None)
+        self.is_doubtful = False
         return dict(self.changed_at)
 
     @classmethod
@@ -215,7 +238,7 @@ class _Kept:
 def _finishing(
     arrival: Arrival,
     kept: _Kept,
-    before: Mapping[str, int],
+    before: Mapping[str, _Before],
     number: int,
     changed_at: dict[str, int],
 ) -> Callable[[], None]:
@@ -224,7 +247,9 @@ def _finishing(
 
     def update(moves: Sequence[Move]) -> None:
         for name in (kept.names[move.target] for move in moves):
-            kept.changed_at[name] = before[name]
+            kept.changed_at[name], digest = before[name]
+            if digest is not None:
+                kept.digests[name] = digest
         changed_at.update(kept.update(moves, number))
 
     def finish() -> None:

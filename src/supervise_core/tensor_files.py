@@ -12,10 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
-import xxhash
-
 from supervise_core.checkpoint_format import CheckpointReader
 from supervise_core.errors import CheckpointDamagedError, SessionStateError
+from supervise_core.hashing import HASHED_APART, TensorFileHash
 from supervise_core.manifest import FileRecord
 from supervise_core.memory import no_collection, view_at
 from supervise_core.parts import Target
@@ -77,16 +76,17 @@ class TensorFile:
 
     def _digest(self, targets: Mapping[str, Target]) -> str:
         with no_collection():
-            return self._read(targets)
+            digest = TensorFileHash(self._header)
+            self._read(targets, digest)
+            return digest.hexdigest()
 
-    def _read(self, targets: Mapping[str, Target]) -> str:
-        digest = xxhash.xxh3_128(self._header)
+    def _read(self, targets: Mapping[str, Target], digest: TensorFileHash) -> None:
         pieces = self._pieces(targets)
         if self._record.size < _WORTH_THREADS:
             for piece in pieces:
                 self._fill(piece)
                 piece.hash_into(digest)
-            return digest.hexdigest()
+            return
         waiting: deque[tuple[_Piece, Future[None]]] = deque()
         with ThreadPoolExecutor(_READERS, "supervise-core reads") as readers:
             try:
@@ -99,7 +99,6 @@ class TensorFile:
             finally:
                 for _, future in waiting:
                     future.cancel()
-        return digest.hexdigest()
 
     def _pieces(self, targets: Mapping[str, Target]) -> Iterator[_Piece]:
         at = len(self._header)
@@ -107,9 +106,12 @@ class TensorFile:
         for spec, _ in self._ranges:
             target, nbytes = targets.get(spec.name), spec.nbytes
             passing = memoryview(bytearray(nbytes)) if callable(target) else None
+            is_apart = nbytes >= HASHED_APART
             done = 0
             while done < nbytes:
                 count = min(nbytes - done, _PIECE - piece.nbytes)
+                if is_apart:
+                    piece.apart[len(piece.buffers)] = done + count == nbytes
                 if passing is not None:
                     piece.add(passing[done : done + count], count)
                 elif isinstance(target, int):
@@ -131,7 +133,7 @@ class TensorFile:
             raise CheckpointDamagedError(self._reader.name, f"{self._file} was cut off while it was read")
 
 
-def _take_first(waiting: deque[tuple[_Piece, Future[None]]], digest: xxhash.xxh3_128) -> None:
+def _take_first(waiting: deque[tuple[_Piece, Future[None]]], digest: TensorFileHash) -> None:
     piece, future = waiting.popleft()
     future.result()
     piece.hash_into(digest)
@@ -144,6 +146,8 @@ class _Piece:
     at: int
     buffers: list[memoryview] = field(default_factory=list[memoryview])
     nbytes: int = 0
+    apart: dict[int, bool] = field(default_factory=dict[int, bool])
+    """The buffers of large tensors by their numbers, and whether they are the last ones of theirs."""
     ended: list[tuple[Callable[[memoryview], None], memoryview]] = field(
         default_factory=list[tuple[Callable[[memoryview], None], memoryview]]
     )
@@ -152,9 +156,12 @@ class _Piece:
         self.buffers.append(buffer)
         self.nbytes += nbytes
 
-    def hash_into(self, digest: xxhash.xxh3_128) -> None:
-        for buffer in self.buffers:
-            digest.update(buffer)
+    def hash_into(self, digest: TensorFileHash) -> None:
+        for number, buffer in enumerate(self.buffers):
+            if number in self.apart:
+                digest.update_apart(buffer, is_last=self.apart[number])
+            else:
+                digest.update(buffer)
         for take, content in self.ended:
             take(content)
         self.buffers.clear()

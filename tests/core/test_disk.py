@@ -171,6 +171,33 @@ def test_files_are_made_durable_together_in_their_order(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"large": b"x" * (BLOCK + 5), "small": b"abc"}
 
 
+class SettingOffDisk(Disk):
+    """A real disk that notes which files set off, and which are waited for."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def begin_sync(self, descriptor: int) -> None:
+        self.notes.append(f"{os.fstat(descriptor).st_size} set off")
+        super().begin_sync(descriptor)
+
+    def sync(self, descriptor: int) -> None:
+        self.notes.append(f"{os.fstat(descriptor).st_size} is waited for")
+        super().sync(descriptor)
+
+
+def test_all_files_set_off_before_the_first_is_waited_for(tmp_path: Path) -> None:
+    disk = SettingOffDisk()
+    later = Unsynced(disk)
+    for size in (1, 2, 3):
+        write_file(disk, tmp_path / str(size), [bytes(size)], later)
+    assert disk.notes == []
+    later.sync()
+    assert disk.notes == [
+        "2 set off", "3 set off", "1 is waited for", "2 is waited for", "3 is waited for"
+    ]  # fmt: skip
+
+
 def test_what_is_not_left_for_later_is_durable_at_once(tmp_path: Path) -> None:
     disk = LossyDisk(tmp_path)
     write_file(disk, tmp_path / "small", [b"ab", b"c"])

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from supervise_core.manifest import FileRecord, Manifest, check_file_name, hash_of
+from supervise_core.hashing import hash_of
+from supervise_core.manifest import FileRecord, Manifest, check_file_name
 
 FULL = Manifest(
     step=120,

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervise_core import memory
+from supervise_core import staging as staging_module
 from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
 from supervise_core.checkpoint_format import Base, CheckpointId
 from supervise_core.disk import BLOCK
+from supervise_core.hashing import digest_of
 from supervise_core.manifest import Manifest
-from supervise_core.memory import Move, address_of, bring_up_to_date, in_blocks, own_memory
+from supervise_core.memory import Move, address_of, bring_up_to_date, in_blocks, own_memory, view_at
 from supervise_core.safetensors_format import parse
 from supervise_core.snapshot import PartImage, Snapshot
 from supervise_core.staging import NoStaging, Outline, Staging
@@ -24,12 +26,15 @@ from supervise_core.tensors import Arrival, Stored, StoredTensor, TensorCodec
 from supervise_core.testing.stores import MemoryStore
 
 
-def take(staging: Staging, state: Any, codec: TensorCodec[Any] | None = None) -> PartImage:
-    """A snapshot of one part, finished."""
+def take(staging: Staging, state: Any, codec: TensorCodec[Any] | None = None, *, hashed: bool = False) -> PartImage:
+    """A snapshot of one part, finished; and hashed, as the writer does it, also what is too small for that."""
     staging.put("model", state, codec)
     snapshot = staging.snapshot()
     snapshot.finish()
-    return snapshot.parts["model"]
+    image = snapshot.parts["model"]
+    if hashed:
+        image.digests.update({name: digest_of(memoryview(content)) for name, content in contents(image).items()})
+    return image
 
 
 def contents(image: PartImage) -> dict[str, bytes]:
@@ -117,6 +122,12 @@ def test_without_memory_everything_counts_as_changed() -> None:
 @settings(max_examples=60, deadline=None)
 def test_what_changed_by_a_model(data: st.DataObject) -> None:
     """It may say that something changed which did not, after a change of layout say, but never the contrary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_SAMPLE", 2)
+        check_what_changed(data)
+
+
+def check_what_changed(data: st.DataObject) -> None:
     staging = Staging(shard_bytes=data.draw(st.sampled_from([10**9, 100])))
     arrays = {name: np.zeros(size, np.int16) for name, size in zip("abcdef", (1, 7, 0, 40, 3, 200), strict=True)}
     history: list[tuple[PartImage, dict[str, bytes]]] = []
@@ -125,13 +136,57 @@ def test_what_changed_by_a_model(data: st.DataObject) -> None:
             arrays[name][data.draw(st.integers(0, arrays[name].size - 1))] ^= data.draw(st.sampled_from([0, 1, 256]))
         names = data.draw(st.sampled_from(["abcdef", "abcdef", "abcdef", "abde", "fedcba"]))
         state = {name: arrays[name] for name in names}
-        image = take(staging, state)
+        image = take(staging, state, hashed=data.draw(st.booleans()))
         now = {name: array.tobytes() for name, array in state.items()}
         assert contents(image) == now
         for older, then in history:
             said = changed(image, older)
             assert {name for name in now if now[name] != then.get(name)} <= said
         history.append((image, now))
+
+
+class Interruption(BaseException):
+    """Ctrl-C, where the program has no supervisor that heeds it."""
+
+
+@pytest.mark.parametrize("copied", [0, 1, 2])
+def test_a_copy_that_was_broken_off_leaves_nothing_that_counts_as_unchanged(
+    copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had been copied was noted nowhere: compared with what is there now, it looks as if it had not changed."""
+    staging, state = Staging(), {"a": np.arange(10.0), "b": np.arange(10.0)}
+    first = take(staging, state, hashed=True)
+    for array in state.values():
+        array += 1
+
+    def broken_off(moves: Sequence[Move], digests: dict[int, bytes]) -> list[bool]:
+        bring_up_to_date(moves[:copied], digests)
+        raise Interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging_module, "bring_up_to_date", broken_off)
+        with pytest.raises(Interruption):
+            staging.put("model", state)
+    staging.discard()
+    second = take(staging, state)
+    assert changed(second, first) == {"a", "b"}
+    assert contents(second) == {name: array.tobytes() for name, array in state.items()}
+
+
+def test_the_hash_of_what_has_changed_is_forgotten() -> None:
+    def turned(array: Any) -> Any:
+        return array.reshape(5, 2).T  # it has no address of its own: it is copied, and not compared
+
+    arrays = {"same": np.arange(10.0), "changes": np.arange(10.0), "turned": np.arange(10.0)}
+    staging = Staging()
+    state = {**arrays, "turned": turned(arrays["turned"])}
+    first = take(staging, state, hashed=True)
+    assert set(first.digests) == {"same", "changes", "turned"}
+    arrays["changes"][4] += 1
+    arrays["turned"][4] += 1
+    second = take(staging, state)
+    assert second.digests == {"same": digest_of(memoryview(arrays["same"].tobytes()))}
+    assert changed(second, first) == {"changes", "turned"}
 
 
 # ---- memory that is made beforehand
@@ -243,9 +298,13 @@ def device_state() -> dict[str, Any]:
     return {"frozen": OnDevice(np.arange(90.0)), "trained": OnDevice(np.zeros(10)), "beside": np.zeros(3)}
 
 
-def test_frozen_tensors_of_a_device_are_found_when_they_have_arrived() -> None:
+each_hashed = pytest.mark.parametrize("hashed", [False, True], ids=["compared", "hashed"])
+
+
+@each_hashed
+def test_frozen_tensors_of_a_device_are_found_when_they_have_arrived(hashed: bool) -> None:
     staging, state = Staging(), device_state()
-    first = take(staging, state, DeviceCodec())
+    first = take(staging, state, DeviceCodec(), hashed=hashed)
     state["trained"].values += 1
     snapshot = put(staging, state)
     second = snapshot.parts["model"]
@@ -268,10 +327,11 @@ def test_later_changes_do_not_reach_a_copy_that_is_under_way() -> None:
     assert set(np.frombuffer(found["trained"])) == set(np.frombuffer(found["beside"])) == {0.0}
 
 
-def test_what_never_arrived_counts_as_changed() -> None:
+@each_hashed
+def test_what_never_arrived_counts_as_changed(hashed: bool) -> None:
     """The memory still holds the bytes of the snapshot before; that says nothing."""
     staging, state = Staging(), device_state()
-    first = take(staging, state, DeviceCodec())
+    first = take(staging, state, DeviceCodec(), hashed=hashed)
     state["trained"].values += 1
     lost = put(staging, state).parts["model"]
     assert changed(lost, first) == {"frozen", "trained"}
@@ -317,8 +377,10 @@ def address(array: Any, at: int = 0) -> int:
     return int(array.ctypes.data) + at
 
 
-def check_brought_up_to_date(sizes: Sequence[int], flips: Sequence[tuple[int, int]]) -> None:
-    """``flips`` are the moves and the places in them that differ."""
+def check_brought_up_to_date(
+    sizes: Sequence[int], flips: Sequence[tuple[int, int]], hashed: Sequence[int] = ()
+) -> None:
+    """``flips`` are the moves and the places in them that differ; of those ``hashed``, the hash is known."""
     gap = 3
     total = sum(sizes) + gap * len(sizes)
     source = np.arange(total, dtype=np.uint8)
@@ -335,7 +397,8 @@ def check_brought_up_to_date(sizes: Sequence[int], flips: Sequence[tuple[int, in
         if (source[begin : begin + size] != target[begin : begin + size]).any():
             differ.add(number)
     moves = [Move(address(target, b), address(source, b), s) for b, s in zip(begins, sizes, strict=True)]
-    assert bring_up_to_date(moves) == [number in differ for number in range(len(sizes))]
+    digests = {moves[number].target: digest_of(view_at(moves[number].target, sizes[number])) for number in hashed}
+    assert bring_up_to_date(moves, digests) == [number in differ for number in range(len(sizes))]
     assert (target[~between] == source[~between]).all()
     assert (target[between] == 77).all(), "nothing else is written to"
     assert bring_up_to_date(moves) == [False] * len(sizes)
@@ -352,10 +415,13 @@ def test_what_differs_is_copied(data: st.DataObject, sizes: list[int]) -> None:
         for number in data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=6)):
             last = sizes[number] - 1
             flips.append((number, data.draw(st.one_of(st.just(0), st.just(last), st.integers(0, last)))))
+    hashed = data.draw(st.lists(st.integers(0, len(sizes) - 1), unique=True)) if sizes else []
     with pytest.MonkeyPatch.context() as patch:  # boundaries that come sooner
         patch.setattr(memory, "_STRIDE", 16)
+        patch.setattr(memory, "_SAMPLE", 8)
+        patch.setattr(memory, "_TASK", 48)
         patch.setattr(memory, "_WORTH_A_THREAD", 64)
-        check_brought_up_to_date(sizes, flips)
+        check_brought_up_to_date(sizes, flips, hashed)
 
 
 MIB = 1 << 20
@@ -370,11 +436,12 @@ def test_around_a_stride(size: int, place: str) -> None:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("place", ["before the cut", "at the cut", "last", "none"])
-def test_cut_in_two(extra: int, place: str) -> None:
-    """So much that a second thread takes half of it: the cut goes through the one large tensor."""
+@pytest.mark.parametrize("hashed", [[], [1], [0, 2]], ids=str)
+def test_cut_in_pieces(extra: int, place: str, hashed: list[int]) -> None:
+    """So much that a second thread takes some of it: cuts go through the one large tensor."""
     size = 64 * MIB + extra
     at = {"before the cut": 32 * MIB - 5, "at the cut": 32 * MIB, "last": size - 1}.get(place)
-    check_brought_up_to_date([3, size, 9], [] if at is None else [(1, at)])
+    check_brought_up_to_date([3, size, 9], [] if at is None else [(1, at)], hashed)
 
 
 def test_nothing_to_copy() -> None:
@@ -396,19 +463,16 @@ def test_chunks_in_whole_blocks(chunks: list[int], readonly: bool) -> None:
             piece = content[at : at + size]
             given_.append(memoryview(piece if readonly else bytearray(piece)))
             at += size
-        seen, blocks = b"", b""
-
-        def note(piece: memoryview) -> None:
-            nonlocal seen
-            seen += bytes(piece)
-
+        blocks = b""
         if not content:
             return
-        for block in in_blocks([chunk for chunk in given_ if len(chunk)], len(content), note):
+        before: tuple[memoryview, bytes] | None = None
+        for block in in_blocks([chunk for chunk in given_ if len(chunk)], len(content)):
             assert len(block) % BLOCK == 0
             assert address_of(block) % BLOCK == 0
+            assert before is None or bytes(before[0]) == before[1], "one is still written when the next is filled"
+            before = block, bytes(block)
             blocks += bytes(block)
-        assert seen == content
         assert blocks[: len(content)] == content
         assert len(blocks) == -(-len(content) // BLOCK) * BLOCK
 

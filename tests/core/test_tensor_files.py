@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervise_core import tensor_files
+from supervise_core import checkpoint_files, safetensors_format, tensor_files
 from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import CheckpointDamagedError, SessionStateError
-from supervise_core.manifest import FileRecord, Manifest, hash_of
+from supervise_core.hashing import digest_of, hash_of
+from supervise_core.manifest import FileRecord, Manifest
 from supervise_core.memory import address_of
 from supervise_core.staging import Staging
 from supervise_core.tagged_json import encode
@@ -60,7 +61,7 @@ class FileInMemory(CheckpointReader):
 
     @property
     def record(self) -> FileRecord:
-        return FileRecord(len(self.content_), hash_of([self.content_]))
+        return FileRecord(len(self.content_), hash_of_file(self.content_))
 
     def opened(self) -> TensorFile:
         return TensorFile(self, FILE, self.record)
@@ -69,6 +70,19 @@ class FileInMemory(CheckpointReader):
 def contents_of(sizes: Sequence[int]) -> dict[str, bytes]:
     """Tensors of so many bytes, no two of which begin alike."""
     return {f"t{number}": bytes((number * 37 + at) % 251 for at in range(size)) for number, size in enumerate(sizes)}
+
+
+def hash_of_file(content: bytes) -> str:
+    """As the format has it; for what is no such file, something."""
+    length = 8 + int.from_bytes(content[:8], "little")
+    try:
+        ranges = [entry["data_offsets"] for entry in json.loads(content[8:length]).values()]
+    except (ValueError, AttributeError):
+        return hash_of([content])
+    tensors = [content[length + begin : length + end] for begin, end in sorted(ranges)]
+    return hash_of([content[:length], *(
+        tensor if len(tensor) < tensor_files.HASHED_APART else digest_of(memoryview(tensor)) for tensor in tensors
+    )])  # fmt: skip
 
 
 def file_of(contents: dict[str, bytes], padding: int = 0) -> bytes:
@@ -128,7 +142,13 @@ class Targets:
         assert self.threads <= {threading.get_ident()}
 
 
+def few_bytes_are_large(patch: pytest.MonkeyPatch) -> None:
+    for module in (checkpoint_files, safetensors_format, tensor_files):
+        patch.setattr(module, "HASHED_APART", 20)
+
+
 def small_pieces(patch: pytest.MonkeyPatch, piece: int, buffers: int = 512, *, threads: bool = False) -> None:
+    few_bytes_are_large(patch)
     patch.setattr(tensor_files, "_PIECE", piece)
     patch.setattr(tensor_files, "_MOST_BUFFERS", buffers)
     patch.setattr(tensor_files, "_WORTH_THREADS", 0 if threads else 1 << 60)
@@ -190,9 +210,9 @@ def test_any_layout(
     contents = contents_of(sizes)
     whole = file_of(contents, padding)
     reader, targets = FileInMemory(whole), Targets(contents, kinds[: len(sizes)])
-    file = reader.opened()
     with pytest.MonkeyPatch.context() as patch:
         small_pieces(patch, piece, buffers, threads=threads)
+        file = reader.opened()
         data = sum(sizes)
         if harm is None or not data:
             targets.read(file)
@@ -350,7 +370,8 @@ def test_a_header_that_is_swapped_for_another_good_one_is_found() -> None:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Iterator[tuple[CheckpointReader, dict[str, Any]]]:
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[CheckpointReader, dict[str, Any]]]:
+    few_bytes_are_large(monkeypatch)
     state = {f"w{number}": np.arange(float(number * 10)) for number in range(12)}
     staging = Staging()
     staging.put("model", state)

@@ -18,7 +18,8 @@ from training import Program
 
 from supervise_core import CheckpointDirectory
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.manifest import MANIFEST, FileRecord, Manifest, hash_of
+from supervise_core.hashing import hash_of
+from supervise_core.manifest import MANIFEST, FileRecord, Manifest
 from supervise_core.safetensors_format import lay_out
 from supervise_core.tensors import TensorSpec
 

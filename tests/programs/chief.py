@@ -28,7 +28,8 @@ from typing import Any
 
 from supervise_core.checkpoint_format import CheckpointId, Link
 from supervise_core.directory_store import DirectoryStore
-from supervise_core.manifest import FileRecord, Manifest, hash_of
+from supervise_core.hashing import hash_of
+from supervise_core.manifest import FileRecord, Manifest
 from supervise_core.testing.disks import WatchedDisk
 
 FILE = "model.safetensors"

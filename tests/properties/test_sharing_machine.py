@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from supervise_core import checkpoint_files, memory, safetensors_format, tensor_files
 from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint, write_snapshot
 from supervise_core.checkpoint_format import Base, CheckpointId
 from supervise_core.checkpointer import prune
@@ -54,8 +55,15 @@ DTYPES = ["f8", "f4", "i2", "u1"]
 class SharingMachine(RuleBasedStateMachine):
     """``expected`` is what each checkpoint must hold: of each part, tensors by name."""
 
-    @initialize(direct=st.booleans(), shard_bytes=st.sampled_from([10**9, 10**9, 600]), chance=st.integers(0, 1000))
-    def begin(self, direct: bool, shard_bytes: int, chance: int) -> None:
+    @initialize(
+        direct=st.booleans(), shard_bytes=st.sampled_from([10**9, 10**9, 600]), large=st.sampled_from([30, 1 << 20]),
+        chance=st.integers(0, 1000),
+    )  # fmt: skip
+    def begin(self, direct: bool, shard_bytes: int, large: int, chance: int) -> None:
+        self.patch = pytest.MonkeyPatch()
+        for module in (checkpoint_files, safetensors_format, tensor_files):
+            self.patch.setattr(module, "HASHED_APART", large)
+        self.patch.setattr(memory, "_SAMPLE", 8)
         self.directory = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         self.disk: FaultyDisk = HastyFaultyDisk() if direct else HastyFaultyCachedDisk()
         self.shard_bytes = shard_bytes
@@ -68,6 +76,8 @@ class SharingMachine(RuleBasedStateMachine):
         self.start()
 
     def teardown(self) -> None:
+        if hasattr(self, "patch"):
+            self.patch.undo()
         if hasattr(self, "directory"):
             shutil.rmtree(self.directory)
 

@@ -12,7 +12,8 @@ import pytest
 from supervise_core.checkpoint_format import CheckpointId, Link
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.errors import CheckpointDamagedError, LeaseError, LeaseHeldError, LeaseLostError
-from supervise_core.manifest import FileRecord, Manifest, hash_of
+from supervise_core.hashing import hash_of
+from supervise_core.manifest import FileRecord, Manifest
 from supervise_core.memory import own_memory
 
 FILE = "model.safetensors"

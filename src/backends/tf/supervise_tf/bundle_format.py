@@ -19,7 +19,8 @@ from supervise_core.checkpoint_format import (
     Written,
 )
 from supervise_core.errors import CheckpointDamagedError, UnsupportedStateError
-from supervise_core.manifest import FileRecord, hash_of
+from supervise_core.hashing import hash_of
+from supervise_core.manifest import FileRecord
 from supervise_core.numpy_codec import NumpyCodec
 from supervise_core.parts import Part, Target
 from supervise_core.snapshot import PartImage, Snapshot

@@ -28,8 +28,9 @@ from supervise_core.clock import Clock
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.disk import Disk, remove_tree
 from supervise_core.errors import CheckpointDamagedError, CheckpointError
+from supervise_core.hashing import hash_of
 from supervise_core.host import Host
-from supervise_core.manifest import MANIFEST, FileRecord, Manifest, hash_of
+from supervise_core.manifest import MANIFEST, FileRecord, Manifest
 from supervise_tf.bundle import check_bundle
 from supervise_tf.bundle_files import INDEX, BundleDraft, BundleReader, DraftStore, endings_of
 from supervise_tf.bundle_format import META, BundleFormat

@@ -17,7 +17,7 @@ import tensorflow as tf
 from google.protobuf import text_format
 
 from supervise_core.disk import Disk, write_file
-from supervise_core.manifest import hash_of
+from supervise_core.hashing import hash_of
 
 STATE_FILE: Final = "checkpoint"
 _RECORD: Final = "checkpoint-state.json"
