@@ -21,8 +21,8 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from supervise_core import UnsupportedStateError  # noqa: E402
 from supervise_core.staging import Staging  # noqa: E402
 from supervise_torch import TorchBackend, TorchCodec  # noqa: E402
-from supervise_torch.backend import _present as present_of  # noqa: E402
 from supervise_torch.dtensors import cut_out, is_dtensor, is_shared_out, new_like, own_of, shards_like  # noqa: E402
+from supervise_torch.in_place import present as present_of  # noqa: E402
 
 
 @pytest.fixture

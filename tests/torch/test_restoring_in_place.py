@@ -685,6 +685,87 @@ class Deep:
         self.values = state["values"]
 
 
+class Watched(nn.Linear):
+    """Counts loads without changing how they are done."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.loads = 0
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "loads", module.loads + 1))
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "within another"])
+def test_what_is_to_be_done_after_a_load_is_done(within: bool, tmp_path: Path) -> None:
+    def make() -> tuple[Any, Any]:
+        watched = Watched(3, 2)
+        model = nn.Sequential(nn.Linear(3, 3), watched) if within else watched
+        return model, watched
+
+    save(tmp_path, model=make()[0])
+    model, watched = make()
+    restore(tmp_path, model=model)
+    assert watched.loads == 1
+
+
+def test_what_is_to_be_done_after_an_optimizer_is_loaded_sees_its_state(tmp_path: Path) -> None:
+    first, second = linear(torch.optim.AdamW), linear(torch.optim.AdamW)
+    first.train(1, 2)
+    save(tmp_path, **first.parts)
+    second.train(5)
+    seen: list[Any] = []
+    second.optimizer.register_load_state_dict_post_hook(lambda optimizer: seen.append(bits(optimizer.state_dict())))
+    restore(tmp_path, **second.parts)
+    assert seen == [bits(first.optimizer.state_dict())]
+
+
+class CountsInState(torch.optim.SGD):
+    """Keeps numbers beside tensors."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            entry = self.state[parameter]
+            entry["count"], entry["none"] = entry.get("count", 0) + 1, None
+        return result
+
+
+def test_all_but_the_tensors_is_loaded_too_where_those_are_read_in_place(tmp_path: Path) -> None:
+    def make() -> Program:
+        return linear(lambda given: CountsInState(given, lr=0.1, momentum=0.9))
+
+    first, second = make(), make()
+    first.train(1, 2, 3)
+    first.optimizer.param_groups[0]["lr"] = 0.05
+    save(tmp_path, **first.parts)
+    second.train(5)
+    before = places(second.model, second.optimizer)
+    restore(tmp_path, **second.parts)
+    assert second.bits() == first.bits()
+    assert places(second.model, second.optimizer) == before
+    assert second.optimizer.param_groups[0]["lr"] == 0.05
+    assert [entry["count"] for entry in second.optimizer.state.values()] == [3] * 4
+    first.train(4)
+    second.train(4)
+    assert second.bits() == first.bits()
+
+
+def test_what_is_read_in_place_is_not_copied_onto_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model with very many tensors that would take longer than the reading."""
+    first, second = linear(torch.optim.AdamW), linear(torch.optim.AdamW)
+    first.train(1, 2)
+    save(tmp_path, **first.parts)
+    second.train(5)
+    loaded: list[Any] = []
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "_process_value_according_to_param_policy", lambda *given, **_: loaded.append(given)
+    )
+    monkeypatch.setattr(nn.Linear, "_load_from_state_dict", lambda *given: loaded.append(given))
+    nn.Linear._load_from_state_dict.__module__ = "torch.nn.modules.linear"
+    restore(tmp_path, **second.parts)
+    assert loaded == []
+    assert second.bits() == first.bits()
+
+
 def test_objects_of_the_program_get_tensors_of_their_own(tmp_path: Path) -> None:
     first, second = Deep(1), Deep(2)
     save(tmp_path, deep=first)

@@ -19,7 +19,8 @@ from supervise_core.staging import Staging
 from supervise_core.tensors import TensorCodec
 from supervise_torch.codec import OutlineCodec, TorchCodec
 from supervise_torch.compatibility import check_module, check_optimizer, check_parts
-from supervise_torch.dtensors import are_dtensors_used, is_dtensor, is_shared_out, own_of, shards_like, shards_of_state
+from supervise_torch.dtensors import are_dtensors_used, is_dtensor, is_shared_out, shards_of_state
+from supervise_torch.in_place import is_all_there, load_into, parameters_of, present, tensors_in
 from supervise_torch.loader import LoaderSource
 from supervise_torch.random_state import seed_everything, set_torch_random_state, torch_random_state
 
@@ -165,7 +166,7 @@ class TorchBackend(Backend[TorchSession]):
             state = _state_of(part)
             if isinstance(part, torch.nn.Module):
                 metadata[name] = {key: dict(entry) for key, entry in getattr(state, "_metadata", {}).items()}
-            if are_dtensors_used() and any(is_shared_out(tensor) for tensor in _tensors_in(state)):
+            if are_dtensors_used() and any(is_shared_out(tensor) for tensor in tensors_in(state)):
                 shared_out.add(name)
             staging.put(name, state, self.codec, per_rank=name in shared_out)
         own: dict[str, Any] = {
@@ -183,7 +184,10 @@ class TorchBackend(Backend[TorchSession]):
         own = parts[_OWN_PART].tree(self.codec)
         with torch.no_grad():
             saved = {name: self._restoration(part, parts[name]) for name, part in self._parts.items()}
+            there = {name for name, part in self._parts.items() if is_all_there(part, saved[name].tree)}
             for name, part in self._parts.items():
+                if name in there:
+                    continue
                 if isinstance(part, torch.nn.Module):
                     check_module(name, part, saved[name].tree)
                 elif isinstance(part, torch.optim.Optimizer):
@@ -203,7 +207,7 @@ class TorchBackend(Backend[TorchSession]):
                     restoration.read()  # only now: it has memory of its own, and only until it is loaded
                 if metadata := own["metadata"].get(name):
                     restoration.tree._metadata = metadata
-                _load_into(part, restoration.tree)
+                load_into(part, restoration.tree, is_all_there=name in there)
                 if isinstance(part, torch.optim.Optimizer) and own["global_step"]:
                     part._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns that it goes first
         session.steps = own["global_step"]
@@ -213,12 +217,12 @@ class TorchBackend(Backend[TorchSession]):
             self.set_random_state(session, own["random"])
 
     def _restoration(self, part: Any, saved: Part) -> Restoration:
-        present = _present(part)
-        if isinstance(part, torch.optim.Optimizer) and any(map(is_dtensor, _parameters_of(part))):
-            outline = saved.restoration(OutlineCodec(), present).tree
+        here = present(part)
+        if isinstance(part, torch.optim.Optimizer) and any(map(is_dtensor, parameters_of(part))):
+            outline = saved.restoration(OutlineCodec(), here).tree
             check_optimizer(saved.name, part, outline)
-            present = shards_of_state(part, outline, present)
-        return saved.restoration(self.codec, present)
+            here = shards_of_state(part, outline, here)
+        return saved.restoration(self.codec, here)
 
     # ---- random state
 
@@ -277,90 +281,6 @@ def _count_forward(session: TorchSession) -> Callable[[torch.nn.Module, Any], No
 
 def _state_of(part: Any) -> Any:
     return {"state": part.get_state()} if isinstance(part, torch.Generator) else part.state_dict()
-
-
-def _present(part: Any) -> Any:
-    """The state to be overwritten in place: that of which a load by ``load_state_dict`` would make the same.
-
-    What loads in a way of its own may take only some of what was saved, or compare it with what is there; it gets
-    tensors of their own. Of a module it is the parameters themselves: ``load_state_dict`` then copies each onto itself,
-    which costs nothing.
-    """
-    if isinstance(part, torch.nn.Module):
-        if not are_dtensors_used():
-            return dict(_plainly_loaded(part))
-        here = part.state_dict()  # which has FSDP go back to the shards that it keeps its parameters in
-        plain = dict(_plainly_loaded(part))
-        return shards_like({name: tensor for name, tensor in here.items() if name not in plain}) | plain
-    if not isinstance(part, torch.optim.Optimizer):
-        return shards_like(part.state_dict()) if are_dtensors_used() and is_stateful(part) else None
-    if not _is_plain_optimizer(part):
-        return None
-    taken = {_storage_of(parameter) for parameter in _parameters_of(part)}
-    state = part.state_dict()["state"].items()
-    return {
-        "state": {key: entry for key, entry in state if not any(_storage_of(t) in taken for t in _tensors_in(entry))}
-    }
-
-
-def _plainly_loaded(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """By their names in the state, in its order; nothing of modules, and of those in them, with a load of their own."""
-    kind, plain = type(module), torch.nn.Module
-    if kind.state_dict is not plain.state_dict or kind.load_state_dict is not plain.load_state_dict:
-        return
-    for method in (kind._save_to_state_dict, kind._load_from_state_dict):
-        if not method.__module__.startswith("torch.nn.modules."):
-            return
-    hooks = (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks)
-    if not all(_is_of_fsdp(hook) for kind_of_hook in hooks for hook in kind_of_hook.values()):
-        return
-    for own in (module._parameters, module._buffers):
-        for name, tensor in own.items():
-            if tensor is not None:
-                yield prefix + name, tensor
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _plainly_loaded(child, f"{prefix}{name}.")
-
-
-def _is_of_fsdp(hook: Any) -> bool:
-    """Whether a hook is one by which ``fully_shard`` goes back to its shards, and that changes no state."""
-    function = getattr(hook, "hook", hook)
-    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp._fully_shard.")
-
-
-def _is_plain_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    kind, plain = type(optimizer), torch.optim.Optimizer
-    return (
-        kind.state_dict is plain.state_dict
-        and kind.load_state_dict is plain.load_state_dict
-        and not optimizer._optimizer_state_dict_post_hooks
-        and not optimizer._optimizer_load_state_dict_pre_hooks
-    )
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(item)
-
-
-def _storage_of(tensor: torch.Tensor) -> int:
-    tensor = own_of(tensor)
-    return 0 if is_lazy(tensor) or tensor.layout is not torch.strided else tensor.untyped_storage().data_ptr()
-
-
-def _load_into(part: Any, state: Any) -> None:
-    if isinstance(part, torch.Generator):
-        part.set_state(state["state"])
-    else:
-        part.load_state_dict(state)
 
 
 def _own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:

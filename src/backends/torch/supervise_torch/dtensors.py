@@ -18,8 +18,11 @@ from supervise_core.tagged_json import Json
 
 
 def are_dtensors_used() -> bool:
-    """Whether the program can have any."""
-    return "torch.distributed.tensor" in sys.modules
+    """Whether the program can have any: they belong to a mesh, and that to process groups.
+
+    That their module was imported says nothing. PyTorch itself does it when the first optimizer is made.
+    """
+    return "torch.distributed.tensor" in sys.modules and torch.distributed.is_initialized()
 
 
 def is_dtensor(value: Any) -> bool:
