@@ -11,7 +11,7 @@ import torch
 from supervise_core.memory import Move, address_of
 from supervise_core.tagged_json import UNTOLD, Json, Untold
 from supervise_core.tensors import Arrival, Stored, StoredTensor, TensorCodec
-from supervise_torch.dtensors import describe_piece, is_dtensor, layout_of, own_of
+from supervise_torch.dtensors import PLAIN_TYPES, describe_piece, is_dtensor, layout_of, own_of
 
 _DTYPES: Final = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
@@ -23,7 +23,6 @@ _TORCH_DTYPES: Final = {code: dtype for dtype, code in _DTYPES.items()}
 _NARROW: Final = frozenset(
     getattr(torch, name) for bits in range(1, 8) for name in (f"int{bits}", f"uint{bits}") if hasattr(torch, name)
 )  # PyTorch has no copy for these, which take a byte each; their bytes can be copied
-_PLAIN_TYPES: Final = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 class TorchCodec(TensorCodec[torch.Tensor]):
@@ -41,7 +40,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
 
     def describe(self, value: torch.Tensor) -> Stored:
         dtype = _DTYPES.get(value.dtype)
-        if dtype is not None and value.is_cpu and type(value) in _PLAIN_TYPES and _is_plainly_contiguous(value):
+        if dtype is not None and value.is_cpu and type(value) in PLAIN_TYPES and _is_plainly_contiguous(value):
             return Stored(dtype, tuple(value.shape))  # nearly all of them, and this is done for each in every snapshot
         if is_dtensor(value):
             stored = self.describe(own_of(value))
@@ -115,7 +114,7 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         if is_dtensor(value):
             own = self.identity(own_of(value))
             return None if own is None else (own, layout_of(value))
-        if type(value) not in _PLAIN_TYPES or value.layout is not torch.strided or not value.numel():
+        if type(value) not in PLAIN_TYPES or value.layout is not torch.strided or not value.numel():
             return None
         if value.is_nested or value.is_meta or value.is_conj() or value.is_neg():
             return None
@@ -185,7 +184,7 @@ def _check_dense(value: torch.Tensor) -> None:
     """:raises TypeError: if the tensor is not plain dense data; says what it is."""
     if torch.nn.parameter.is_lazy(value):
         raise TypeError("it is a lazy parameter that has no shape yet; run the model once, in init_fn=, say")
-    if type(value) not in _PLAIN_TYPES:
+    if type(value) not in PLAIN_TYPES:
         raise TypeError(f"tensors of type {type(value).__name__} are not plain; save what they are made of")
     if value.layout is not torch.strided:
         raise TypeError(f"tensors of layout {value.layout} are not dense; save their indices and values")

@@ -9,12 +9,15 @@ import functools
 import math
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from supervise_core.boxes import Box, boxed
 from supervise_core.tagged_json import Json
+
+PLAIN_TYPES: Final = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+"""Of tensors that have their values here, and do as PyTorch does."""
 
 
 def are_dtensors_used() -> bool:
@@ -27,6 +30,8 @@ def are_dtensors_used() -> bool:
 
 def is_dtensor(value: Any) -> bool:
     """Whether a value is a tensor of which each process of a mesh has a part, or a copy."""
+    if type(value) in PLAIN_TYPES:
+        return False  # nearly all of them, and this is asked for each several times
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
