@@ -49,6 +49,8 @@ class Meeting(BoundaryMeeting):
         self._boundary: StepBoundary | None = None
         self._steps: StepCounter | None = None
         self._has_told_failure = False
+        self._has_heard_stop = False
+        """Whether it was another process that asked for a stop: to be told so again, as of this one, would mislead."""
         self._watchdog = Watchdog(grace, coordinator.clock, self._say_last_words)
         self._agreement = StepAgreement(self._present_step, self._ring, coordinator.clock, self._hear_decision)
 
@@ -66,7 +68,8 @@ class Meeting(BoundaryMeeting):
         if self.member is not None:
             self._coordinator.defer = self._hand_on
             self._coordinator.on_stop(self._watchdog.arm)
-            if (cause := self._coordinator.cause) is not None:  # it came before there was anybody to tell
+            cause = self._coordinator.cause
+            if cause is not None and not self._has_heard_stop:  # it came before there was anybody to tell
                 self._hand_on(cause)
 
     @property
@@ -201,6 +204,7 @@ class Meeting(BoundaryMeeting):
         return deferred
 
     def _stop_as(self, wish: StopWish) -> None:
+        self._has_heard_stop = self._has_heard_stop or wish.rank != self.membership.rank
         if wish.signal is not None:
             self._signals.heed(signal.Signals(wish.signal))
         if wish.rank == self.membership.rank:

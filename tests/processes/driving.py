@@ -79,6 +79,17 @@ class Running:
             self._heard.wait_for(lambda: len(self.said) >= lines or not self._listeners[0].is_alive(), _LIMIT)
             return len(self.said) >= lines
 
+    def wait_until_it_heeds(self, number: signal.Signals) -> None:
+        """Wait until the signal would not simply end it: from then on it is the session's."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        end = time.monotonic() + _LIMIT
+        while self.process.poll() is None and time.monotonic() < end:
+            caught = next((line for line in status.read_text().splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+            if int(caught.split()[1], 16) >> number - 1 & 1:
+                return
+            time.sleep(0.0005)
+        raise AssertionError(f"it did not come to heed {number.name}: {self.said[-3:]}, {self.errors[-20:]}")
+
     def signal(self, number: signal.Signals, *, to_group: bool = False) -> None:
         (os.killpg if to_group else os.kill)(self.process.pid, number)
 

@@ -79,6 +79,7 @@ def test_a_stop_of_one_stops_all_at_one_step_and_is_resumed_exactly(tmp_path: Pa
         with members(logdir, 3, "--steps", 30) as running:
             victim = running[chance.randrange(3)]
             victim.wait_for(chance.randrange(1, 25))
+            victim.wait_until_it_heeds(signal.SIGTERM)
             victim.signal(signal.SIGTERM)
             outcomes = ended(running)
         assert [outcome.status for outcome in outcomes] == [143] * 3, [outcome.errors for outcome in outcomes]
