@@ -169,6 +169,10 @@ class Chief(Member):
             if name in self._facts and self._facts[name] != value:
                 self._fail(DisagreementError(f"{name}: {value!r} on rank {rank}, and {self._facts[name]!r} on rank 0"))
 
+    @property
+    def _chief_token(self) -> str | None:
+        return self.token
+
     def lacking(self) -> str:
         with self._lock:
             if self._mine.round > self._decided:

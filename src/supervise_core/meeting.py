@@ -125,6 +125,8 @@ class Meeting(BoundaryMeeting):
         if self.member is not None:
             self._has_told_failure = True
             self.member.tell_failure(str(cause))
+            if self.is_synchronous and cause.error is not None and (gone := self.member.gone()):
+                cause.error.add_note(f"{', '.join(gone)}: that may be why.")
 
     def end(self, step: int) -> None:
         """No further step is made here, and whatever is asked for from now on is for this process alone."""

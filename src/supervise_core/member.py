@@ -21,7 +21,7 @@ from supervise_core.board import Board
 from supervise_core.clock import Clock
 from supervise_core.errors import MembershipError
 from supervise_core.host import Host, Identity
-from supervise_core.pages import Announcement, End, beat_page
+from supervise_core.pages import CHIEF, Announcement, ChiefPage, End, MemberPage, beat_page, member_page
 
 _log = logging.getLogger(__name__)
 
@@ -207,6 +207,38 @@ class Member(ABC):
         with self._lock:
             self._failed_at = self._failed_at or self._clock.monotonic()
         self._say_end(End("failed", text, 0, self.roll.rank))
+
+    def gone(self) -> list[str]:
+        """The other members whose processes have ended without a word, as far as can be told here, for people.
+
+        A step that fails may be the first sign of it: a collective breaks before anybody has looked.
+        """
+        ranks = [rank for rank in range(self.roll.size or 1) if rank != self.roll.rank]
+        try:
+            contents = self._board.get([CHIEF if rank == 0 else member_page(rank) for rank in ranks])
+            owners = {
+                rank: owner
+                for rank, content in zip(ranks, contents, strict=True)
+                if content is not None and (owner := self._trains_with_us(rank, content)) is not None
+            }
+        except (ConnectionError, MembershipError):
+            return []  # there is an error already, which this is only to explain
+        return [
+            f"rank {rank} is gone (its process was {describe(owner)})"
+            for rank, owner in owners.items()
+            if self._host.is_alive(owner) is False
+        ]
+
+    def _trains_with_us(self, rank: int, content: bytes) -> Identity | None:
+        """Whose page that is, if it is one of this run and has not ended."""
+        page = ChiefPage.from_bytes(content) if rank == 0 else MemberPage.from_bytes(content)
+        chief = page.token if isinstance(page, ChiefPage) else page.chief
+        return page.owner if chief == self._chief_token and page.end is None else None
+
+    @property
+    @abstractmethod
+    def _chief_token(self) -> str | None:
+        """That of the chief of this run, if it is known."""
 
     def _has_given_up(self) -> bool:
         """Whether the run has failed, and a checkpoint of which all had snapshots had time to be written since."""

@@ -103,6 +103,10 @@ class Worker(Member):
             recent = dict(list(self._facts.items())[-FACTS_KEPT:])
             self._say(fact_page(self.roll.rank), Facts(self.token, recent).to_bytes())
 
+    @property
+    def _chief_token(self) -> str | None:
+        return None if self._chief is None else self._chief.token
+
     def lacking(self) -> str:
         chief, lost = self._chief, self._lost
         if chief is None:

@@ -178,6 +178,29 @@ def test_in_step_a_member_that_died_ends_the_run_for_all_and_is_named(hall: Hall
     assert "rank 1 is lost: its process (102 on machine) is gone" in str(two.failures[0])
 
 
+def test_whoever_fails_can_tell_who_is_gone_before_anybody_has_looked(hall: Hall) -> None:
+    """A collective breaks at once; that a process has no sign of life is found seconds later."""
+    chief, one, two = training(hall)
+    assert chief.member.gone() == two.member.gone() == []
+    one.die()
+    assert [text.split(" (")[0] for text in chief.member.gone()] == ["rank 1 is gone"]
+    assert [text.split(" (")[0] for text in two.member.gone()] == ["rank 1 is gone"]
+    chief.die()
+    assert [text.split(" (")[0] for text in two.member.gone()] == ["rank 0 is gone", "rank 1 is gone"]
+
+
+def test_who_has_ended_or_is_of_another_run_is_not_called_gone(hall: Hall) -> None:
+    chief, one, two = training(hall)
+    one.member.leave(end(rank=1))
+    one.host.die()
+    hall.settle()
+    assert chief.member.gone() == two.member.gone() == []
+    two.die()
+    hall.worker(2, 3)
+    hall.settle()
+    assert chief.member.gone() == [], "its successor is there"
+
+
 def test_in_step_a_silent_member_is_lost_after_a_while(hall: Hall) -> None:
     chief, one, _ = training(hall)
     hall.pass_time(10)

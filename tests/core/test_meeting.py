@@ -10,7 +10,7 @@ import pytest
 from supervise_core.agreement import StepAgreement, StopWish
 from supervise_core.board import Board
 from supervise_core.clock import Clock
-from supervise_core.coordinator import Coordinator
+from supervise_core.coordinator import Coordinator, StopCause
 from supervise_core.meeting import Meeting
 from supervise_core.member import Hearing, Member
 from supervise_core.membership import Membership
@@ -65,3 +65,22 @@ def test_a_stop_that_is_heard_while_joining_is_not_told_to_the_others_as_ones_ow
 def test_ones_own_stop_that_came_while_joining_is_told_to_the_others(rank: int) -> None:
     membership, _, _ = joined(rank, lambda _, coordinator: coordinator.request_stop(source="the program"))
     assert membership.wishes == [StopWish("the program", rank, None, False)]
+
+
+def test_an_error_of_this_process_says_who_was_gone_when_it_came() -> None:
+    coordinator = Coordinator(FakeClock())
+    membership = StoppedWhileJoining(1, lambda *_: None)
+    meeting = Meeting(membership, coordinator, StopSignals(coordinator), 30.0)
+    meeting.join()
+    member: Any = meeting.member
+    told: list[str] = []
+    member.tell_failure = told.append
+    member.gone = lambda: ["rank 0 is gone (its process was 7 on here)", "rank 2 is gone (its process was 9 on here)"]
+    error = ConnectionError("connection reset by peer")
+    meeting.tell_failure(StopCause("the training block", error))
+    meeting.end(0)
+    meeting.leave(None, coordinator.cause, 0)
+    assert told == ["the training block: ConnectionError: connection reset by peer"]
+    assert error.__notes__ == [
+        "rank 0 is gone (its process was 7 on here), rank 2 is gone (its process was 9 on here): that may be why."
+    ]
