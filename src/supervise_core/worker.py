@@ -287,7 +287,7 @@ class Worker(Member):
         def look() -> OpenDraft | None:
             with self._lock:
                 chief = self._chief
-                if chief is None or self._has_given_up():
+                if chief is None or self._lost is not None or self._has_given_up():
                     return passed_by
                 draft = chief.draft
                 if draft is not None and draft.number > after:

@@ -314,6 +314,13 @@ def test_no_draft_comes_from_a_chief_that_has_ended(hall: Hall) -> None:
     leaving.result()
 
 
+def test_no_draft_is_waited_for_from_a_chief_that_is_gone(hall: Hall) -> None:
+    chief, worker = adopted(hall, synchronous=True)
+    waiting = hall.call(lambda: worker.member.await_draft(5, 0, 600))
+    chief.die()
+    assert waiting.result(within=3) is None
+
+
 def test_a_chief_that_fails_may_still_write_a_checkpoint_that_all_have_come_to(hall: Hall) -> None:
     chief, worker = adopted(hall, synchronous=True)
     waiting = hall.call(lambda: worker.member.await_draft(5, 0, 600))
