@@ -125,8 +125,11 @@ class Meeting(BoundaryMeeting):
         if self.member is not None:
             self._has_told_failure = True
             self.member.tell_failure(str(cause))
-            if self.is_synchronous and cause.error is not None and (gone := self.member.gone()):
-                cause.error.add_note(f"{', '.join(gone)}: that may be why.")
+
+    def explain(self, error: BaseException) -> None:
+        """Note whose process was gone when a step failed here. It takes a while: the run is to know of it before."""
+        if self.member is not None and self.is_synchronous and (gone := self.member.gone()):
+            error.add_note(f"{', '.join(gone)}: that may be why.")
 
     def end(self, step: int) -> None:
         """No further step is made here, and whatever is asked for from now on is for this process alone."""
@@ -221,5 +224,7 @@ class Meeting(BoundaryMeeting):
         self.leave(failure, None, self._present_step())
 
     def _fail(self, error: MembershipError) -> None:
+        if isinstance(error, MemberFailedError) and error.rank == self.membership.rank:
+            return  # what this process said itself, and knows better
         self._coordinator.request_stop(error, source=OTHERS, at_once=True)
         self._ring()

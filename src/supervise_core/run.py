@@ -406,6 +406,7 @@ class Run(Generic[SessionT]):
         if isinstance(error, Exception):
             self.meeting.tell_failure(StopCause(TRAINING_BLOCK, error))
             self.coordinator.request_stop(error, source=TRAINING_BLOCK)
+            self.meeting.explain(error)
         else:
             if self.meeting.is_synchronous and not self.coordinator.should_stop():
                 self.meeting.tell_failure(StopCause(TRAINING_BLOCK, error))

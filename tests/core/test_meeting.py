@@ -10,7 +10,8 @@ import pytest
 from supervise_core.agreement import StepAgreement, StopWish
 from supervise_core.board import Board
 from supervise_core.clock import Clock
-from supervise_core.coordinator import Coordinator, StopCause
+from supervise_core.coordinator import Coordinator
+from supervise_core.errors import MemberFailedError
 from supervise_core.meeting import Meeting
 from supervise_core.member import Hearing, Member
 from supervise_core.membership import Membership
@@ -73,14 +74,28 @@ def test_an_error_of_this_process_says_who_was_gone_when_it_came() -> None:
     meeting = Meeting(membership, coordinator, StopSignals(coordinator), 30.0)
     meeting.join()
     member: Any = meeting.member
-    told: list[str] = []
-    member.tell_failure = told.append
     member.gone = lambda: ["rank 0 is gone (its process was 7 on here)", "rank 2 is gone (its process was 9 on here)"]
     error = ConnectionError("connection reset by peer")
-    meeting.tell_failure(StopCause("the training block", error))
+    meeting.explain(error)
     meeting.end(0)
     meeting.leave(None, coordinator.cause, 0)
-    assert told == ["the training block: ConnectionError: connection reset by peer"]
     assert error.__notes__ == [
         "rank 0 is gone (its process was 7 on here), rank 2 is gone (its process was 9 on here): that may be why."
     ]
+
+
+def test_the_echo_of_ones_own_failure_is_no_error_of_another() -> None:
+    """The chief says who failed to all; the first error here is the one that this process had."""
+    coordinator = Coordinator(FakeClock())
+    heard: list[Hearing] = []
+    membership = StoppedWhileJoining(1, heard.append)
+    meeting = Meeting(membership, coordinator, StopSignals(coordinator), 30.0)
+    meeting.join()
+    heard[0].fail(MemberFailedError(1, "the training block: ValueError: diverged"))
+    assert not coordinator.errors
+    heard[0].fail(MemberFailedError(2, "the training block: ValueError: diverged"))
+    assert [str(kept.error) for kept in coordinator.errors] == [
+        "rank 2 failed: the training block: ValueError: diverged"
+    ]
+    meeting.end(0)
+    meeting.leave(None, coordinator.cause, 0)
