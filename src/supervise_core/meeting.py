@@ -224,7 +224,7 @@ class Meeting(BoundaryMeeting):
         self.leave(failure, None, self._present_step())
 
     def _fail(self, error: MembershipError) -> None:
-        if isinstance(error, MemberFailedError) and error.rank == self.membership.rank:
-            return  # what this process said itself, and knows better
+        if self._has_told_failure and isinstance(error, MemberFailedError) and error.rank == self.membership.rank:
+            return  # what this process said itself, and knows better; it may also be of an earlier life of this rank
         self._coordinator.request_stop(error, source=OTHERS, at_once=True)
         self._ring()

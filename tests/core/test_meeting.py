@@ -10,7 +10,7 @@ import pytest
 from supervise_core.agreement import StepAgreement, StopWish
 from supervise_core.board import Board
 from supervise_core.clock import Clock
-from supervise_core.coordinator import Coordinator
+from supervise_core.coordinator import Coordinator, StopCause
 from supervise_core.errors import MemberFailedError
 from supervise_core.meeting import Meeting
 from supervise_core.member import Hearing, Member
@@ -84,18 +84,19 @@ def test_an_error_of_this_process_says_who_was_gone_when_it_came() -> None:
     ]
 
 
-def test_the_echo_of_ones_own_failure_is_no_error_of_another() -> None:
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_the_echo_of_ones_own_failure_is_no_error_of_another(has_failed: bool) -> None:
     """The chief says who failed to all; the first error here is the one that this process had."""
     coordinator = Coordinator(FakeClock())
     heard: list[Hearing] = []
     membership = StoppedWhileJoining(1, heard.append)
     meeting = Meeting(membership, coordinator, StopSignals(coordinator), 30.0)
     meeting.join()
+    if has_failed:
+        meeting.tell_failure(StopCause("the training block", ValueError("diverged")))
     heard[0].fail(MemberFailedError(1, "the training block: ValueError: diverged"))
-    assert not coordinator.errors
     heard[0].fail(MemberFailedError(2, "the training block: ValueError: diverged"))
-    assert [str(kept.error) for kept in coordinator.errors] == [
-        "rank 2 failed: the training block: ValueError: diverged"
-    ]
+    ranks = [kept.error.rank for kept in coordinator.errors if isinstance(kept.error, MemberFailedError)]
+    assert ranks == ([2] if has_failed else [1, 2]), "without having failed itself, it was an earlier life of this rank"
     meeting.end(0)
     meeting.leave(None, coordinator.cause, 0)

@@ -164,7 +164,7 @@ def strike(logdir: Path, fault: str, where: str, rank: int) -> list[str]:
             return [f"it never came: {victim.errors}"]
         struck = time.monotonic()
         if fault == "sleep":  # nobody can tell it from a long step, until a stop is asked for
-            await_handler(survivors[0])
+            survivors[0].wait_until_it_heeds(signal.SIGTERM)
             survivors[0].signal(signal.SIGTERM)
         allowed = GRACE + 2 + NOISE + (SILENCE * 1.5 if fault in ("freeze", "hold") else 0)
         for one in survivors:
@@ -197,15 +197,3 @@ def heard_of_fault(victim: Running) -> bool:
             break
         time.sleep(0.01)
     return any("fault" in facts for facts in victim.said)
-
-
-def await_handler(running: Running) -> None:
-    """Wait until a process handles SIGTERM; before that, it ends by it like any other."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        status = Path(f"/proc/{running.process.pid}/status").read_text(encoding="utf-8")
-        caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-        if int(caught, 16) >> (signal.SIGTERM - 1) & 1:
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came to handle SIGTERM")
