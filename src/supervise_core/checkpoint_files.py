@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -23,7 +24,7 @@ from supervise_core.checkpoint_format import (
     Written,
 )
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.hashing import HASHED_APART, TensorFileHash, digest_of, hash_of
+from supervise_core.hashing import TensorFileHash, hash_of
 from supervise_core.manifest import LARGEST_STATE, RANKS, STATE, FileRecord, Manifest, check_file_name
 from supervise_core.memory import in_blocks, no_collection
 from supervise_core.parts import Part, ReadTensors, Target
@@ -76,61 +77,80 @@ class _ImageWriter:
 
     def write(self, image: FileImage, digests: dict[str, bytes]) -> FileRecord:
         """Write one file; its size and hash."""
+        hashing = _ImageHash(image.layout, digests)
         if image.blocks is None:
-            digest = TensorFileHash(image.layout.header)
-            self._draft.write_blocks(image.name, self._gathered(image, digest, digests), image.size)
-            return FileRecord(image.size, digest.hexdigest())
-        hashed = self._helper.submit(self._hash, image.layout, image.blocks, digests)
+            self._draft.write_blocks(image.name, self._gathered(image, hashing), image.size)
+            return FileRecord(image.size, hashing.hexdigest())
+        hashed = self._helper.submit(self._feed, hashing, image.blocks)
         self._draft.write_blocks(image.name, [image.blocks], image.size)
-        return FileRecord(image.size, hashed.result())
+        hashed.result()
+        return FileRecord(image.size, hashing.hexdigest())
 
-    def _gathered(self, image: FileImage, digest: TensorFileHash, digests: dict[str, bytes]) -> Iterator[memoryview]:
-        """The file in pieces, each put together and hashed while the one before it is written."""
-        pieces = in_blocks(_hashed(image, digest, digests), image.size)
-        ahead = self._helper.submit(self._next_of, pieces)
+    def _gathered(self, image: FileImage, hashing: _ImageHash) -> Iterator[memoryview]:
+        """The file in pieces, each put together and hashed while the one before it is written.
+
+        What is hashed is what is written: where the program's own tensors are read, another thread may change them.
+        """
+        pieces = in_blocks(image.chunks(), image.size)
+        ahead = self._helper.submit(self._next_of, pieces, hashing)
         while (piece := ahead.result()) is not None:
-            ahead = self._helper.submit(self._next_of, pieces)
+            ahead = self._helper.submit(self._next_of, pieces, hashing)
             yield piece
 
-    def _next_of(self, pieces: Iterator[memoryview]) -> memoryview | None:
+    def _next_of(self, pieces: Iterator[memoryview], hashing: _ImageHash) -> memoryview | None:
         began = time.thread_time()
         piece = next(pieces, None)
         self.helped += time.thread_time() - began
+        if piece is not None:
+            self._feed(hashing, piece)
         return piece
 
-    def _hash(self, layout: Layout, blocks: memoryview, digests: dict[str, bytes]) -> str:
+    def _feed(self, hashing: _ImageHash, piece: memoryview) -> None:
         began = time.thread_time()
-        digest = TensorFileHash(layout.header)
-        at = len(layout.header)
-        for name, begin, nbytes in layout.apart:
-            digest.update(blocks[at:begin])
-            at = begin + nbytes
-            digest.add_apart(_digest_of(name, blocks[begin:at], digests))
-        digest.update(blocks[at : layout.size])
+        hashing.feed(piece)
         self.helped += time.thread_time() - began
-        return digest.hexdigest()
 
 
-def _hashed(image: FileImage, digest: TensorFileHash, digests: dict[str, bytes]) -> Iterator[memoryview]:
-    """The content of a file piece by piece, in the order of the file, each hashed as it is given."""
-    yield memoryview(image.layout.header)
-    for tensor in image.tensors:
-        if not tensor.spec.nbytes:
-            continue
-        content = tensor.content()
-        if len(content) < HASHED_APART:
-            digest.update(content)
-        else:
-            digest.add_apart(_digest_of(tensor.spec.name, content, digests))
-        yield content
+class _ImageHash:
+    """The hash of a file that is given piece by piece; ``digests`` are those of large tensors, as far as known."""
 
+    def __init__(self, layout: Layout, digests: dict[str, bytes]) -> None:
+        self._layout = layout
+        self._digests = digests
+        self._hash = TensorFileHash(layout.header)
+        self._at = 0
+        self._apart = deque(layout.apart)
+        self._known: bytes | None = None
 
-def _digest_of(name: str, content: memoryview, digests: dict[str, bytes]) -> bytes:
-    """The hash of a large tensor, if it has to be computed or not."""
-    digest = digests.get(name)
-    if digest is None:
-        digest = digests[name] = digest_of(content)
-    return digest
+    def feed(self, piece: memoryview) -> None:
+        """Take what follows; what is beyond the end of the file counts for nothing."""
+        begin, end = self._at, min(self._at + len(piece), self._layout.size)
+        self._at = max(begin, min(len(self._layout.header), end))
+        while self._at < end:
+            name, first, nbytes = self._apart[0] if self._apart else ("", self._layout.size, 0)
+            upto = min(end, first + nbytes if self._at >= first else first)
+            content = piece[self._at - begin : upto - begin]
+            if self._at < first:
+                self._hash.update(content)
+            else:
+                self._take_apart(name, content, is_first=self._at == first, is_last=upto == first + nbytes)
+            self._at = upto
+
+    def _take_apart(self, name: str, content: memoryview, *, is_first: bool, is_last: bool) -> None:
+        if is_first:
+            self._known = self._digests.get(name)
+        if self._known is None:
+            digest = self._hash.update_apart(content, is_last=is_last)
+            if digest is not None:
+                self._digests[name] = digest
+        elif is_last:
+            self._hash.add_apart(self._known)
+        if is_last:
+            self._apart.popleft()
+
+    def hexdigest(self) -> str:
+        """The hash of all that was taken, in hexadecimal."""
+        return self._hash.hexdigest()
 
 
 def check_state_size(snapshot: Snapshot, run_state: Json) -> None:

@@ -39,14 +39,16 @@ class TensorFileHash:
         """Take bytes of tensors that are smaller than ``HASHED_APART``."""
         self._whole.update(content)
 
-    def update_apart(self, content: memoryview, *, is_last: bool) -> None:
-        """Take some bytes of a large tensor, perhaps the last ones of it."""
+    def update_apart(self, content: memoryview, *, is_last: bool) -> bytes | None:
+        """Take some bytes of a large tensor; with the last ones of it, its hash is known."""
         if self._apart is None:
             self._apart = xxhash.xxh3_128()
         self._apart.update(content)
-        if is_last:
-            self.add_apart(self._apart.digest())
-            self._apart = None
+        if not is_last:
+            return None
+        digest, self._apart = self._apart.digest(), None
+        self.add_apart(digest)
+        return digest
 
     def add_apart(self, digest: bytes) -> None:
         """Take a large tensor whose hash is known."""

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supervise_core import CheckpointDirectory, DirectoryStore, EverySteps, KeepAll, Staging, Supervisor
+from supervise_core import CheckpointDirectory, DirectoryStore, EverySteps, KeepAll, Staging, Supervisor, memory
+from supervise_core.hashing import HASHED_APART
 from supervise_core.testing.clock import FakeClock
-from supervise_core.testing.disks import FaultyDisk
+from supervise_core.testing.disks import FaultyDisk, WatchedDisk
 from supervise_numpy import ArrayBackend
 
 
@@ -30,6 +31,18 @@ class Model:
         for array in self.arrays.values():
             array += 1
         session.global_step += 1
+
+
+class RacingDisk(WatchedDisk):
+    """A disk during whose writes some other thread of the program changes an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.array = np.zeros(0)
+
+    def about_to(self, method: str, path: Path) -> None:
+        if method == "write":
+            self.array += 1
 
 
 def check(logdir: Path, steps: list[int]) -> None:
@@ -102,6 +115,26 @@ def test_at_the_end_of_a_pass_a_save_that_fails_is_tried_again_at_the_end(tmp_pa
                     disk.fail(errno.ENOSPC, method="create")
         assert model.sv.report.failed_saves == 1
     check(tmp_path, [0, 4])
+
+
+def test_what_another_thread_changes_meanwhile_is_hashed_as_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_GATHERED", 1 << 16)
+    disk = RacingDisk()
+    disk.array = array = np.zeros((6, HASHED_APART // 8))
+    sv = Supervisor(
+        ArrayBackend({"w": array}), tmp_path, store=DirectoryStore(tmp_path, disk=disk),
+        save_every=None, summarize_every=None, signals=False, staging="none",
+    )  # fmt: skip
+    with sv.managed_session() as session:
+        session.global_step += 1
+    disk.array = np.zeros(0)
+    checkpoints = CheckpointDirectory(tmp_path)
+    saved = checkpoints.at(1)
+    saved.verify()
+    written = np.unique(saved.load("model")["w"])
+    assert written.size > 1, "no write changed what was not written yet"
 
 
 def test_staging_is_an_object_or_none(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervise_core import checkpoint_files, safetensors_format, tensor_files
+from supervise_core import safetensors_format, tensor_files
 from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader
 from supervise_core.directory_store import DirectoryStore
@@ -143,7 +143,7 @@ class Targets:
 
 
 def few_bytes_are_large(patch: pytest.MonkeyPatch) -> None:
-    for module in (checkpoint_files, safetensors_format, tensor_files):
+    for module in (safetensors_format, tensor_files):
         patch.setattr(module, "HASHED_APART", 20)
 
 

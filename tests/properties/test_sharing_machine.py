@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from supervise_core import checkpoint_files, memory, safetensors_format, tensor_files
+from supervise_core import memory, safetensors_format, tensor_files
 from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint, write_snapshot
 from supervise_core.checkpoint_format import Base, CheckpointId
 from supervise_core.checkpointer import prune
@@ -61,7 +61,7 @@ class SharingMachine(RuleBasedStateMachine):
     )  # fmt: skip
     def begin(self, direct: bool, shard_bytes: int, large: int, chance: int) -> None:
         self.patch = pytest.MonkeyPatch()
-        for module in (checkpoint_files, safetensors_format, tensor_files):
+        for module in (safetensors_format, tensor_files):
             self.patch.setattr(module, "HASHED_APART", large)
         self.patch.setattr(memory, "_SAMPLE", 8)
         self.directory = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
