@@ -2,19 +2,20 @@
 
 The floors of this package, from what users call down to what knows nothing; imports go down only, never sideways::
 
-    18   __main__, supervisor
-    17   cli, lifecycle
-    16   run
-    15   bringing_up, saving
-    14   meeting
-    13   lease_keeper, plan, reading, standard_services
-    12   checkpointer, session_manager
-    11   recovery
-    10   arguments, directory_store, gathering, operations, plugins, retrying
-     9   backend, checkpoint_store, membership
-     8   checkpoint_files, chief, worker
-     7   member, sharing, tensor_files
-     6   checkpoint_format, pages
+    19   __main__, supervisor
+    18   cli, lifecycle
+    17   run
+    16   bringing_up, saving
+    15   meeting
+    14   lease_keeper, plan, reading, standard_services
+    13   checkpointer, session_manager
+    12   recovery
+    11   arguments, directory_store, gathering, handover, operations, plugins, retrying
+    10   backend, checkpoint_store, membership
+     9   checkpoint_files, chief, worker
+     8   member, snapshot_files, tensor_files
+     7   pages, sharing
+     6   checkpoint_format
      5   parts, staging
      4   data_loop, flattening, manifest, snapshot
      3   boxes, data_stream, hookspecs, numpy_codec, safetensors_format, services
@@ -22,7 +23,7 @@ The floors of this package, from what users call down to what knows nothing; imp
      1   agreement, coordinator, data_source, file_board, lease, memory, retention, summaries, tagged_json, triggers
      0   board, clock, disk, errors, hashing, host, process_random, readiness
 
-Floors 13 to 18 are the road of a run and its loop; 11 and 12 save and recover; 4 to 10 are state in memory, checkpoints
+Floors 14 to 19 are the road of a run and its loop; 12 and 13 save and recover; 4 to 11 are state in memory, checkpoints
 on disk, the other processes of a run and the port to a framework; 0 to 3 are values, time, threads, and formats. A
 machine checks this, and that no module is left out (``[tool.importlinter]`` in ``pyproject.toml``). Nothing here
 imports a framework; NumPy is imported when the first array is met. ``testing`` is for tests, and nothing imports it.

@@ -1,17 +1,13 @@
-"""A snapshot as the files of a checkpoint, and back: what goes into which file, and what is distrusted when read."""
+"""The files of a checkpoint, read back: what is where, and what is distrusted until it is verified."""
 
 from __future__ import annotations
 
-import json
 import re
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from supervise_core.checkpoint_format import (
     Base,
@@ -19,149 +15,20 @@ from supervise_core.checkpoint_format import (
     CheckpointFormat,
     CheckpointReader,
     Draft,
-    PlacedPart,
-    Shard,
-    Written,
+    SnapshotWriter,
 )
 from supervise_core.errors import CheckpointDamagedError
-from supervise_core.hashing import TensorFileHash, hash_of
-from supervise_core.manifest import LARGEST_STATE, RANKS, STATE, FileRecord, Manifest, check_file_name
-from supervise_core.memory import in_blocks, no_collection
+from supervise_core.manifest import LARGEST_STATE, RANKS, STATE, Manifest, check_file_name
+from supervise_core.memory import no_collection
 from supervise_core.parts import Part, ReadTensors, Target
-from supervise_core.safetensors_format import SUFFIX, Layout, parse_json_object
-from supervise_core.sharing import place
-from supervise_core.snapshot import FileImage, Snapshot
+from supervise_core.safetensors_format import SUFFIX, parse_json_object
+from supervise_core.snapshot import Snapshot, index_name
+from supervise_core.snapshot_files import SnapshotFiles, check_state_size
 from supervise_core.tagged_json import Json, decode
 from supervise_core.tensor_files import TensorFile
 from supervise_core.tensors import TensorSpec
 
 _RANK: Final = re.compile(r"[1-9]\d{0,8}")
-
-
-def write_snapshot(draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
-    """Write the files of a snapshot into a draft: each part's tensors, and all else.
-
-    What did not change since ``base``, the checkpoint before this one, is shared with it.
-    ``run_state`` is what the core itself keeps (data positions and the like), as tagged JSON.
-    """
-    snapshot.finish()
-    records: dict[str, FileRecord] = {}
-    placed: dict[str, PlacedPart] = {}
-    with _ImageWriter(draft) as writer:
-        for part in snapshot.parts.values():
-            placement = place(draft, part, base)
-            digests = {} if snapshot.is_live else part.digests
-            written = [Shard(file.name, writer.write(file, digests), _sizes(file)) for file in placement.files]
-            shards = [*placement.linked, *written]
-            records |= {shard.file: shard.record for shard in shards}
-            placed[part.name] = PlacedPart(shards, part.number)
-            if len(shards) > 1:
-                _write_small(draft, index_name(part.name), _index_of(shards), records)
-    _write_small(draft, STATE, _state_of(snapshot, run_state), records)
-    return Written(records, placed=placed, helped=writer.helped)
-
-
-class _ImageWriter:
-    """Writes files of tensors; a thread of its own puts them together and hashes them meanwhile."""
-
-    def __init__(self, draft: Draft) -> None:
-        self._draft = draft
-        self._helper = ThreadPoolExecutor(1, "supervise-core hashes")
-        self.helped = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._helper.shutdown()
-
-    def write(self, image: FileImage, digests: dict[str, bytes]) -> FileRecord:
-        """Write one file; its size and hash."""
-        hashing = _ImageHash(image.layout, digests)
-        if image.blocks is None:
-            self._draft.write_blocks(image.name, self._gathered(image, hashing), image.size)
-            return FileRecord(image.size, hashing.hexdigest())
-        hashed = self._helper.submit(self._feed, hashing, image.blocks)
-        self._draft.write_blocks(image.name, [image.blocks], image.size)
-        hashed.result()
-        return FileRecord(image.size, hashing.hexdigest())
-
-    def _gathered(self, image: FileImage, hashing: _ImageHash) -> Iterator[memoryview]:
-        """The file in pieces, each put together and hashed while the one before it is written.
-
-        What is hashed is what is written: where the program's own tensors are read, another thread may change them.
-        """
-        pieces = in_blocks(image.chunks(), image.size)
-        ahead = self._helper.submit(self._next_of, pieces, hashing)
-        while (piece := ahead.result()) is not None:
-            ahead = self._helper.submit(self._next_of, pieces, hashing)
-            yield piece
-
-    def _next_of(self, pieces: Iterator[memoryview], hashing: _ImageHash) -> memoryview | None:
-        began = time.thread_time()
-        piece = next(pieces, None)
-        self.helped += time.thread_time() - began
-        if piece is not None:
-            self._feed(hashing, piece)
-        return piece
-
-    def _feed(self, hashing: _ImageHash, piece: memoryview) -> None:
-        began = time.thread_time()
-        hashing.feed(piece)
-        self.helped += time.thread_time() - began
-
-
-class _ImageHash:
-    """The hash of a file that is given piece by piece; ``digests`` are those of large tensors, as far as known."""
-
-    def __init__(self, layout: Layout, digests: dict[str, bytes]) -> None:
-        self._layout = layout
-        self._digests = digests
-        self._hash = TensorFileHash(layout.header)
-        self._at = 0
-        self._apart = deque(layout.apart)
-        self._known: bytes | None = None
-
-    def feed(self, piece: memoryview) -> None:
-        """Take what follows; what is beyond the end of the file counts for nothing."""
-        begin, end = self._at, min(self._at + len(piece), self._layout.size)
-        self._at = max(begin, min(len(self._layout.header), end))
-        while self._at < end:
-            name, first, nbytes = self._apart[0] if self._apart else ("", self._layout.size, 0)
-            upto = min(end, first + nbytes if self._at >= first else first)
-            content = piece[self._at - begin : upto - begin]
-            if self._at < first:
-                self._hash.update(content)
-            else:
-                self._take_apart(name, content, is_first=self._at == first, is_last=upto == first + nbytes)
-            self._at = upto
-
-    def _take_apart(self, name: str, content: memoryview, *, is_first: bool, is_last: bool) -> None:
-        if is_first:
-            self._known = self._digests.get(name)
-        if self._known is None:
-            digest = self._hash.update_apart(content, is_last=is_last)
-            if digest is not None:
-                self._digests[name] = digest
-        elif is_last:
-            self._hash.add_apart(self._known)
-        if is_last:
-            self._apart.popleft()
-
-    def hexdigest(self) -> str:
-        """The hash of all that was taken, in hexadecimal."""
-        return self._hash.hexdigest()
-
-
-def check_state_size(snapshot: Snapshot, run_state: Json) -> None:
-    """:raises ValueError: if what is no tensor is too much for a ``state.json``."""
-    _state_bytes(_state_of(snapshot, run_state))
-
-
-def _state_of(snapshot: Snapshot, run_state: Json) -> dict[str, Json]:
-    state: dict[str, Json] = {"parts": {part.name: part.state for part in snapshot.parts.values()}, "run": run_state}
-    per_rank: list[Json] = [part.name for part in snapshot.parts.values() if part.per_rank]
-    return state | {"per_rank": per_rank} if per_rank else state
 
 
 def read_checkpoint(reader: CheckpointReader) -> CheckpointContent:
@@ -236,8 +103,8 @@ class SafetensorsFormat(CheckpointFormat):
     def check(self, snapshot: Snapshot, run_state: Json) -> None:
         check_state_size(snapshot, run_state)
 
-    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
-        return write_snapshot(draft, snapshot, run_state, base)
+    def writer(self, draft: Draft, base: Base | None = None) -> SnapshotWriter:
+        return SnapshotFiles(draft, base)
 
     def read(self, reader: CheckpointReader) -> CheckpointContent:
         return read_checkpoint(reader)
@@ -354,34 +221,6 @@ class _Files:
         return CheckpointDamagedError(self._reader.name, f"{file}: {reason}")
 
 
-def index_name(part: str) -> str:
-    """The name of the file that says which shard holds which tensor of a part."""
-    return f"{part}{SUFFIX}.index.json"
-
-
 def rank_prefix(rank: int) -> str:
     """What the names of the files begin with that one rank alone has, unless it is the chief."""
     return f"rank-{rank:05d}."
-
-
-def _sizes(image: FileImage) -> dict[str, int]:
-    return {tensor.spec.name: tensor.spec.nbytes for tensor in image.tensors}
-
-
-def _index_of(shards: Iterable[Shard]) -> dict[str, Json]:
-    places = {tensor: shard.file for shard in shards for tensor in shard.tensors}
-    size = sum(nbytes for shard in shards for nbytes in shard.tensors.values())
-    return {"metadata": {"total_size": size}, "weight_map": places}
-
-
-def _write_small(draft: Draft, file: str, content: Json, records: dict[str, FileRecord]) -> None:
-    data = _state_bytes(content)
-    draft.write(file, [data])
-    records[file] = FileRecord(len(data), hash_of([data]))
-
-
-def _state_bytes(content: Json) -> bytes:
-    data = json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
-    if len(data) > LARGEST_STATE:
-        raise ValueError(f"what is no tensor takes {len(data)} bytes as JSON, more than {LARGEST_STATE}; use arrays")
-    return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from supervise_core.errors import CheckpointDamagedError
 from supervise_core.hashing import hash_of
 from supervise_core.manifest import LARGEST_MANIFEST, MANIFEST, FileRecord, Manifest
 from supervise_core.parts import Part
-from supervise_core.snapshot import Snapshot
+from supervise_core.snapshot import PartImage, Snapshot
 from supervise_core.tagged_json import Json
 
 Chunk = bytes | bytearray | memoryview
@@ -256,6 +257,31 @@ class Base:
     placed: Mapping[str, PlacedPart]
 
 
+class SnapshotWriter(ABC):
+    """Writes the files of one snapshot, all but the manifest, into a draft. ``close`` it, come what may."""
+
+    def write_early(self, part: PartImage, taken: threading.Event) -> None:
+        """Write of one part what can be written while the training thread still copies the others.
+
+        The loop waits for that copying, so nothing is done that takes a processor until ``taken`` is set. Writing
+        nothing is fine.
+
+        :raises OSError: as the storage fails.
+        """
+
+    @abstractmethod
+    def write(self, snapshot: Snapshot, run_state: Json) -> Written:
+        """Write all that is not written yet. The parts that were written early are those of this snapshot.
+
+        ``run_state`` is what the core itself keeps (data positions and the like), as tagged JSON.
+
+        :raises OSError: as the storage fails.
+        """
+
+    def close(self) -> None:
+        """Let go of threads and memory; safe to call at any time, also after a failure."""
+
+
 class CheckpointFormat(ABC):
     """How a snapshot becomes the files of a checkpoint, and is read back."""
 
@@ -264,11 +290,8 @@ class CheckpointFormat(ABC):
         """:raises UnsupportedStateError, ValueError: if this cannot be written in this format."""
 
     @abstractmethod
-    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
-        """Write the files of a snapshot, all but the manifest, into a draft.
-
-        :raises OSError: as the storage fails.
-        """
+    def writer(self, draft: Draft, base: Base | None = None) -> SnapshotWriter:
+        """What writes one snapshot into a draft. What did not change since ``base`` it may share with that."""
 
     @abstractmethod
     def read(self, reader: CheckpointReader) -> CheckpointContent:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from supervise_core.boundary import Appointment
 from supervise_core.checkpoint_format import Base, CheckpointId, Written
@@ -17,28 +17,16 @@ from supervise_core.clock import Clock
 from supervise_core.coordinator import Coordinator
 from supervise_core.errors import CheckpointDamagedError, LeaseError, SaveNotWantedError
 from supervise_core.gathering import Gathering
+from supervise_core.handover import Drafting, Handover, PendingSave
 from supervise_core.manifest import Manifest
 from supervise_core.report import RunReport
 from supervise_core.retention import Kept, Retention
-from supervise_core.snapshot import Snapshot
-from supervise_core.tagged_json import Json
+from supervise_core.staging import Arrived
 
 _log = logging.getLogger(__name__)
 
 RETRY_AFTER: Final = (5.0, 30.0)
 """Seconds until a save that failed is tried again, by how many failed in a row. One failure more ends the run."""
-
-
-@dataclass(frozen=True, slots=True)
-class PendingSave:
-    """A snapshot with all that goes into its checkpoint, not yet on disk."""
-
-    step: int
-    snapshot: Snapshot
-    run_state: Json
-    metrics: Mapping[str, float]
-    final: bool = False
-    consistent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +40,9 @@ class CheckpointLabels:
 class Checkpointer:
     """Takes snapshots on the training thread and commits them on a thread of its own, one at a time.
 
-    ``capture(step)`` makes the ``PendingSave`` of this moment in the one staging memory there is; so no snapshot is
-    taken while another one is being written from there. The lock keeps the training thread and the one that saves
+    ``capture(step, arrived)`` makes the ``PendingSave`` of this moment in the one staging memory there is, and calls
+    ``arrived`` with each part that is in memory for good; so no snapshot is taken while another one is being written
+    from there. The lock keeps the training thread and the one that saves
     beside the loop from taking two at once. A snapshot that only looks at the live tensors is written before whoever
     took it goes on, and so none of them is held for later.
     """
@@ -63,7 +52,7 @@ class Checkpointer:
         store: CheckpointStore,
         keep: Retention,
         labels: CheckpointLabels,
-        capture: Callable[[int], PendingSave],
+        capture: Callable[[int, Arrived | None], PendingSave],
         coordinator: Coordinator,
         report: RunReport,
         committed: Callable[[str, int], None],
@@ -81,7 +70,7 @@ class Checkpointer:
         self.agree: Callable[[], bool] | None = None
         """See ``Appointment``."""
         self._appointment: Appointment | None = None
-        self._queue: queue.SimpleQueue[PendingSave | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Handover | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
         self._wanted = False
@@ -148,7 +137,7 @@ class Checkpointer:
         :raises UnsupportedStateError: for what cannot be kept.
         """
         began = self._clock.monotonic()
-        pending = self._capture(step)
+        pending = self._capture(step, None)
         self._stall = self._clock.monotonic() - began
         self._store.format.check(pending.snapshot, pending.run_state)
 
@@ -168,7 +157,7 @@ class Checkpointer:
             if self._failures > failures:
                 return  # the one waited for failed; the next try has its time already
             self._held = None
-            self._submit(self._capture(step))
+            self._take_and_submit(step)
             self._stall = self._clock.monotonic() - began
 
     def save_beside(self, capture: Callable[[], PendingSave]) -> None:
@@ -185,13 +174,13 @@ class Checkpointer:
         """Take a snapshot and keep it in memory, in case it turns out to be the last one that may be saved."""
         with self._taking:
             if not self.is_busy:
-                self._hold(self._capture(step))
+                self._hold(self._capture(step, None))
 
     def hold_final(self, step: int) -> None:
         """As ``hold``, but wait for the save that is being written, for its memory."""
         with self._taking:
             self._await_idle()
-            self._hold(replace(self._capture(step), final=True))
+            self._hold(replace(self._capture(step, None), final=True))
 
     def _hold(self, pending: PendingSave) -> None:
         failures = self._failures
@@ -227,9 +216,24 @@ class Checkpointer:
             thread.join()
         return self._final_error
 
+    def _take_and_submit(self, step: int) -> None:
+        """Take a snapshot, of which the writer has each part as soon as it is there."""
+        handover = Handover(step)
+        try:
+            self._idle.clear()
+            self._queue.put(handover)
+            pending = self._capture(step, handover.add if self._gathering.decides else None)
+            handover.complete(pending)
+        finally:
+            handover.break_off()
+        self._await_live(pending)
+
     def _submit(self, pending: PendingSave) -> None:
         self._idle.clear()
-        self._queue.put(pending)
+        self._queue.put(Handover.of(pending))
+        self._await_live(pending)
+
+    def _await_live(self, pending: PendingSave) -> None:
         if pending.snapshot.is_live:
             self._await_idle()
 
@@ -243,23 +247,30 @@ class Checkpointer:
     # ---- the writer's thread
 
     def _write_until_told(self) -> None:
-        while (pending := self._queue.get()) is not None:
+        while (handover := self._queue.get()) is not None:
             try:
-                self._write(pending)
+                self._write(handover)
             except BaseException as error:
                 self._coordinator.request_stop(error, source="service 'checkpoints'")
                 return
             finally:
-                del pending
+                del handover
                 self._idle.set()
                 if self._wanted and self._appointment is not None:
                     self._wanted = False
                     self._appointment.request()
 
-    def _write(self, pending: PendingSave) -> None:
-        began = time.thread_time()
+    def _write(self, handover: Handover) -> None:
+        with Drafting(self._store, self._base) as drafting:
+            began = time.thread_time()
+            drafting.write_early(handover)
+            pending = handover.await_pending()
+            if pending is not None:
+                self._finish(pending, drafting, began)
+
+    def _finish(self, pending: PendingSave, drafting: Drafting, began: float) -> None:
         try:
-            helped = self._commit(pending)
+            helped = self._commit(pending, drafting)
         except SaveNotWantedError as error:
             if pending.final:
                 self._final_error = error
@@ -289,27 +300,29 @@ class Checkpointer:
                 self._appointment.postpone(RETRY_AFTER[self._failures - 1])
         self._report.failed_saves += 1  # last: who sees it may count on the next try having its time
 
-    def _commit(self, pending: PendingSave) -> float:
+    def _commit(self, pending: PendingSave, drafting: Drafting) -> float:
         """Write and commit, prune, and tell; the processor time of other threads that this took, in seconds."""
         same_step = [checkpoint for checkpoint in self._store.checkpoints() if checkpoint.step == pending.step]
         older = same_step[-1] if same_step else None
         if older is not None and not pending.consistent:
             return 0.0  # what is there is as good or better
-        draft = self._store.begin(CheckpointId(pending.step, 0 if older is None else older.revision + 1))
+        checkpoint = CheckpointId(pending.step, 0 if older is None else older.revision + 1)
+        draft, writer = drafting.begin(checkpoint, pending)
         try:
             self._gathering.begin(draft, pending.step, pending.final)
-            written = self._store.format.write(draft, pending.snapshot, pending.run_state, self._base)
+            written = writer.write(pending.snapshot, pending.run_state)
             written = self._gathering.complete(draft, written)
             manifest = self._manifest(pending, written)
             if older is not None and self._is_same(older, manifest):
-                draft.discard()
+                drafting.discard()
                 self._gathering.end(self._store.name_of(older))
                 return written.helped
             self._base = None  # should this fail, the name may be that of this checkpoint or of the older one
             committed = draft.commit(manifest, replaces=older)
+            drafting.keep()
             self._base = Base(committed, written.placed)
         except Exception as error:
-            _discard(draft.discard)
+            drafting.discard()
             self._gathering.end(None, str(error))
             raise
         self._report.saves += 1
@@ -394,10 +407,3 @@ def _facts_of(store: CheckpointStore, checkpoint: CheckpointId) -> Kept | None:
     except (CheckpointDamagedError, OSError):
         return None
     return Kept(checkpoint.step, manifest.wall_time, manifest.metrics, manifest.consistent)
-
-
-def _discard(discard: Callable[[], Any]) -> None:
-    try:
-        discard()
-    except OSError as error:
-        _log.error("a draft could not be removed and is left for the next start: %s", error)

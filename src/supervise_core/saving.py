@@ -12,17 +12,18 @@ from typing import Any, Final
 
 from supervise_core.boundary import StepBoundary
 from supervise_core.checkpoint_store import CheckpointStore
-from supervise_core.checkpointer import Checkpointer, CheckpointLabels, PendingSave
+from supervise_core.checkpointer import Checkpointer, CheckpointLabels
 from supervise_core.coordinator import Coordinator
 from supervise_core.data_loop import DataLoop
 from supervise_core.errors import SessionStateError, UnsupportedStateError
 from supervise_core.gathering import AddingShares, Gathering, ShareGathering
+from supervise_core.handover import PendingSave
 from supervise_core.meeting import Meeting
 from supervise_core.pages import Announcement
 from supervise_core.plan import Plan
 from supervise_core.report import RunReport
 from supervise_core.snapshot import Snapshot
-from supervise_core.staging import Outline, Staging
+from supervise_core.staging import Arrived, Outline, Staging
 from supervise_core.summaries import EventSink
 from supervise_core.tagged_json import encode
 
@@ -161,8 +162,7 @@ class RunSaver:
             return False
         return True
 
-    def _capture(self, step: int) -> PendingSave:
-        staging = self._plan.staging
+    def _capture(self, step: int, arrived: Arrived | None) -> PendingSave:
         self._warn_of_repetition()
         self._held_position = position = self._loop.position_at_end(ended=self._ended)
         events = [] if self._events is None else self._events.events_of(step)
@@ -170,10 +170,8 @@ class RunSaver:
         if self._meeting.is_synchronous:
             state["ranks"] = self._meeting.membership.size
         run_state = encode(state, "the data's position")
-        try:
+        with self._plan.staging.taking(arrived) as staging:
             snapshot = self._snapshot(self._session, staging)
-        finally:
-            staging.discard()
         self._check_pieces(snapshot)
         metrics = self._metrics[1] if self._metrics[0] == step or self._carries_metrics else {}
         self._carries_metrics = False
@@ -212,11 +210,8 @@ class RunSaver:
             self._report.failed_saves += 1
 
     def _capture_beside(self) -> PendingSave:
-        staging = self._plan.staging
-        try:
+        with self._plan.staging.taking() as staging:
             snapshot = self._snapshot(self._session, staging)
-        finally:
-            staging.discard()
         steps = self._loop.steps
         if steps.is_own:
             steps.counted += 1  # nothing else counts in a loop that comes to no boundary

@@ -33,6 +33,11 @@ def shard_name(part: str, number: int, count: int) -> str:
     return f"{part}{SUFFIX}" if count == 1 else f"{part}-{number:05d}-of-{count:05d}{SUFFIX}"
 
 
+def index_name(part: str) -> str:
+    """The name of the file that says which shard holds which tensor of a part."""
+    return f"{part}{SUFFIX}.index.json"
+
+
 def shards_of(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     """The tensors in their order, in groups of at most ``limit`` bytes (a larger tensor is a group of its own)."""
     shards: list[list[TensorSpec]] = []

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 from supervise_core.boxes import is_boxed
 from supervise_core.disk import BLOCK
@@ -24,6 +25,9 @@ from supervise_core.tensors import Arrival, TensorCodec, TensorSpec
 
 SHARD_BYTES: Final = 5 * 10**9
 _NAMES_TO_SPARE: Final = 1000
+
+Arrived = Callable[[PartImage], None]
+"""Told of each part that is in memory for good, while others may still have to be copied."""
 
 
 class _Taken(NamedTuple):
@@ -49,6 +53,7 @@ class Staging:
         self._names: dict[str, dict[str, str]] = {}
         self._parts: dict[str, PartImage] = {}
         self._pending: list[Callable[[], None]] = []
+        self._arrived: Arrived | None = None
         self._number = 0
         self.keeps_shared_parts = True
         """Whether parts are taken that are the same on all ranks: one of them is enough."""
@@ -83,16 +88,31 @@ class Staging:
                 names.clear()  # the keys of this state change all the time
             number = self._next_number()
             taken = self._take(flat, number)
-        self._parts[part] = PartImage(
+        image = self._parts[part] = PartImage(
             part, skeleton, taken.files, taken.changed_at, number, self._shard_bytes, taken.digests, per_rank,
             is_piece=bool(boxes),
         )  # fmt: skip
+        if self._arrived is not None and not self._pending and not self._is_live:
+            self._arrived(image)
 
     def snapshot(self, step: int | None = None, consistent: bool = True) -> Snapshot:
         """All that was put since the last call, as one snapshot; it is valid until the next ``put``."""
         parts, self._parts = self._parts, {}
         pending, self._pending = self._pending, []
         return Snapshot(parts, tuple(pending), step, consistent, self._is_live)
+
+    @contextmanager
+    def taking(self, arrived: Arrived | None = None) -> Generator[Self, None, None]:
+        """A block in which one snapshot is taken. If it fails half way, what was put is forgotten.
+
+        ``arrived`` is told of the parts, but for those of which a device still sends something.
+        """
+        self._arrived = arrived
+        try:
+            yield self
+        finally:
+            self._arrived = None
+            self.discard()
 
     def discard(self) -> None:
         """Forget what was put since the last snapshot, after a failure half way."""

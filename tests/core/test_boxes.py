@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from supervise_core import Supervisor, UnsupportedStateError
 from supervise_core.boxes import Box, Placed, boxed, overlaps, whole_of
-from supervise_core.checkpoint_files import rank_prefix, read_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import rank_prefix, read_checkpoint
 from supervise_core.checkpoint_format import CheckpointContent, CheckpointId, CheckpointReader, Chunk, Draft
 from supervise_core.errors import CheckpointDamagedError, IncompatibleCheckpointError
 from supervise_core.hashing import hash_of
 from supervise_core.manifest import RANKS, STATE, FileRecord, Manifest
 from supervise_core.numpy_codec import NumpyCodec
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import Staging
 from supervise_core.tagged_json import encode
 from supervise_core.tensor_files import TensorFile

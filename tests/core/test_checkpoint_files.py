@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supervise_core.checkpoint_files import check_state_size, read_checkpoint, verify_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint
 from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.manifest import Manifest
 from supervise_core.snapshot import Snapshot
+from supervise_core.snapshot_files import check_state_size, write_snapshot
 from supervise_core.staging import Staging
 from supervise_core.tagged_json import encode
 from supervise_core.testing.stores import MemoryStore
@@ -143,7 +144,7 @@ def test_files_of_the_manifest_that_no_part_needs_are_verified_too(store: Checkp
 
 
 def test_state_that_is_too_large_is_found_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("supervise_core.checkpoint_files.LARGEST_STATE", 100)
+    monkeypatch.setattr("supervise_core.snapshot_files.LARGEST_STATE", 100)
     with pytest.raises(ValueError, match="use arrays"):
         check_state_size(snapshot_of({"model": ["x" * 200]}), None)
     check_state_size(snapshot_of({"model": np.zeros(1000)}), None)

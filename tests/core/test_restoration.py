@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import read_checkpoint
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import CheckpointDamagedError, IncompatibleCheckpointError
 from supervise_core.manifest import Manifest
 from supervise_core.parts import Part
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import Staging
 from supervise_core.tagged_json import encode
 from supervise_core.tensors import TensorSpec

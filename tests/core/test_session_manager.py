@@ -28,10 +28,10 @@ from supervise_core import (
     Staging,
     Supervisor,
 )
-from supervise_core.checkpoint_files import write_snapshot
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader
 from supervise_core.manifest import Manifest
 from supervise_core.operations import USE_BACKEND, Operations
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.tagged_json import encode
 from supervise_core.testing.clock import FakeClock
 from supervise_core.testing.stores import MemoryStore

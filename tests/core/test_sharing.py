@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint
 from supervise_core.checkpoint_format import Base, CheckpointId
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.directory_store import DirectoryStore
@@ -20,6 +20,7 @@ from supervise_core.manifest import Manifest
 from supervise_core.safetensors_format import parse
 from supervise_core.sharing import MOST_DEAD, MOST_SHARDS
 from supervise_core.snapshot import Snapshot
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import NoStaging, Staging
 from supervise_core.testing.disks import CachedDisk, FaultyDisk, HastyDisk, LinklessDisk
 from supervise_core.testing.stores import MemoryStore

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from supervise_core import memory
 from supervise_core import staging as staging_module
-from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import read_checkpoint
 from supervise_core.checkpoint_format import Base, CheckpointId
 from supervise_core.disk import BLOCK
 from supervise_core.hashing import digest_of
@@ -20,6 +20,7 @@ from supervise_core.manifest import Manifest
 from supervise_core.memory import Move, address_of, bring_up_to_date, in_blocks, own_memory, view_at
 from supervise_core.safetensors_format import parse
 from supervise_core.snapshot import PartImage, Snapshot
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import NoStaging, Outline, Staging
 from supervise_core.tagged_json import Json
 from supervise_core.tensors import Arrival, Stored, StoredTensor, TensorCodec

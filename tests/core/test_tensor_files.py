@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervise_core import safetensors_format, tensor_files
-from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import read_checkpoint
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import CheckpointDamagedError, SessionStateError
 from supervise_core.hashing import digest_of, hash_of
 from supervise_core.manifest import FileRecord, Manifest
 from supervise_core.memory import address_of
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import Staging
 from supervise_core.tagged_json import encode
 from supervise_core.tensor_files import TensorFile

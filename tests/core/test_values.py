@@ -29,10 +29,11 @@ from supervise_core import (
     Supervisor,
     UnsupportedStateError,
 )
-from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import read_checkpoint
 from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.manifest import Manifest
 from supervise_core.numpy_codec import NumpyCodec
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.tagged_json import decode, encode
 from supervise_core.testing.disks import HastyDisk
 

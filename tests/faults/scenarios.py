@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from supervise_core.checkpoint_files import verify_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import verify_checkpoint
 from supervise_core.checkpoint_format import Base, CheckpointId
 from supervise_core.checkpointer import prune
 from supervise_core.directory_store import DirectoryStore
@@ -18,6 +18,7 @@ from supervise_core.disk import Disk
 from supervise_core.host import Host
 from supervise_core.manifest import Manifest
 from supervise_core.retention import KeepLatest
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import Staging
 from supervise_core.testing.clock import FakeClock
 from supervise_core.testing.disks import Crash, HastyDisk, WatchedDisk

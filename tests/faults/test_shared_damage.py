@@ -20,13 +20,13 @@ import pytest
 from scenarios import Series, open_store, state_of
 
 from supervise_core import CheckpointDirectory, EverySteps, KeepAll, KeepLatest, Supervisor
-from supervise_core.checkpoint_files import write_snapshot
 from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.disk import Disk
 from supervise_core.errors import AllCheckpointsDamagedError, CheckpointDamagedError
 from supervise_core.manifest import Manifest
 from supervise_core.numpy_codec import NumpyCodec
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import NoStaging, Staging
 from supervise_core.testing.clock import FakeClock, eventually
 from supervise_core.testing.disks import CachedDisk, FaultyDisk, HastyDisk, LinklessDisk, WatchedDisk

@@ -24,13 +24,14 @@ from hypothesis.stateful import (
 )
 
 from supervise_core import memory, safetensors_format, tensor_files
-from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import read_checkpoint, verify_checkpoint
 from supervise_core.checkpoint_format import Base, CheckpointId
 from supervise_core.checkpointer import prune
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.manifest import Manifest
 from supervise_core.retention import KeepLatest
 from supervise_core.safetensors_format import parse
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import Staging
 from supervise_core.testing.disks import CachedDisk, FaultyDisk, HastyDisk
 

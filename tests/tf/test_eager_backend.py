@@ -18,12 +18,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
 from supervise_core import EverySteps, Supervisor  # noqa: E402
-from supervise_core.checkpoint_files import read_checkpoint, write_snapshot  # noqa: E402
+from supervise_core.checkpoint_files import read_checkpoint  # noqa: E402
 from supervise_core.checkpoint_format import CheckpointId  # noqa: E402
 from supervise_core.directory_store import DirectoryStore  # noqa: E402
 from supervise_core.errors import IncompatibleCheckpointError, NotReadyError, UnsupportedStateError  # noqa: E402
 from supervise_core.manifest import Manifest  # noqa: E402
 from supervise_core.parts import Parts  # noqa: E402
+from supervise_core.snapshot_files import write_snapshot  # noqa: E402
 from supervise_core.staging import Staging  # noqa: E402
 from supervise_core.testing.disks import HastyDisk  # noqa: E402
 from supervise_tf import EagerBackend  # noqa: E402

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 
 from supervise_core.backend import Backend
-from supervise_core.checkpoint_files import read_checkpoint, write_snapshot
+from supervise_core.checkpoint_files import read_checkpoint
 from supervise_core.checkpoint_format import CheckpointId
 from supervise_core.directory_store import DirectoryStore
 from supervise_core.errors import IncompatibleCheckpointError
@@ -39,6 +39,7 @@ from supervise_core.parts import Part, Parts
 from supervise_core.process_random import process_random_state, set_process_random_state
 from supervise_core.readiness import NotReady, Ready
 from supervise_core.snapshot import Snapshot
+from supervise_core.snapshot_files import write_snapshot
 from supervise_core.staging import Staging
 from supervise_core.supervisor import Supervisor
 from supervise_core.tagged_json import Json, encode

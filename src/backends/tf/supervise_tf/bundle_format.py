@@ -16,6 +16,7 @@ from supervise_core.checkpoint_format import (
     CheckpointFormat,
     CheckpointReader,
     Draft,
+    SnapshotWriter,
     Written,
 )
 from supervise_core.errors import CheckpointDamagedError, UnsupportedStateError
@@ -60,8 +61,15 @@ class BundleFormat(CheckpointFormat):
                 others[0], "TensorFlow's checkpoints have no place for tensors outside the graph"
             )
 
-    def write(self, draft: Draft, snapshot: Snapshot, run_state: Json, base: Base | None = None) -> Written:
+    def writer(self, draft: Draft, base: Base | None = None) -> SnapshotWriter:
         assert isinstance(draft, BundleDraft), "a BundleFormat writes into the drafts of a BundleStore"
+        return _BundleSnapshot(self, draft)
+
+    def write(self, draft: BundleDraft, snapshot: Snapshot, run_state: Json) -> Written:
+        """Write all of a snapshot into a draft.
+
+        :raises OSError: as the storage fails.
+        """
         self.check(snapshot, run_state)
         snapshot.finish()
         self._writer.write(draft.prefix, from_tree(_views_of(snapshot.parts[VARIABLES])))
@@ -95,6 +103,17 @@ class BundleFormat(CheckpointFormat):
 
 def _nothing(_: Mapping[str, Target]) -> None:
     """TensorFlow reads the variables itself, and there are no other tensors."""
+
+
+class _BundleSnapshot(SnapshotWriter):
+    """Writes one bundle as a whole, as TensorFlow does."""
+
+    def __init__(self, bundles: BundleFormat, draft: BundleDraft) -> None:
+        self._bundles = bundles
+        self._draft = draft
+
+    def write(self, snapshot: Snapshot, run_state: Json) -> Written:
+        return self._bundles.write(self._draft, snapshot, run_state)
 
 
 class _Views(NumpyCodec):
