@@ -83,6 +83,8 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._taking = threading.Lock()
         self._final_error: BaseException | None = None
+        self._broken: BaseException | None = None
+        """What the writer's thread has died of."""
 
     # ---- the training thread
 
@@ -220,8 +222,7 @@ class Checkpointer:
         """Take a snapshot, of which the writer has each part as soon as it is there."""
         handover = Handover(step)
         try:
-            self._idle.clear()
-            self._queue.put(handover)
+            self._hand_over(handover)
             pending = self._capture(step, handover.add if self._gathering.decides else None)
             handover.complete(pending)
         finally:
@@ -229,9 +230,15 @@ class Checkpointer:
         self._await_live(pending)
 
     def _submit(self, pending: PendingSave) -> None:
-        self._idle.clear()
-        self._queue.put(Handover.of(pending))
+        self._hand_over(Handover.of(pending))
         self._await_live(pending)
+
+    def _hand_over(self, handover: Handover) -> None:
+        if self._broken is not None:
+            self._final_error = self._broken  # nobody is there to write it
+            return
+        self._idle.clear()
+        self._queue.put(handover)
 
     def _await_live(self, pending: PendingSave) -> None:
         if pending.snapshot.is_live:
@@ -251,6 +258,7 @@ class Checkpointer:
             try:
                 self._write(handover)
             except BaseException as error:
+                self._broken = error
                 self._coordinator.request_stop(error, source="service 'checkpoints'")
                 return
             finally:

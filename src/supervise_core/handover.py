@@ -127,6 +127,7 @@ class Drafting:
         :raises OSError: as the storage fails, or has failed.
         """
         if self._error is not None:
+            self.discard()
             raise self._error
         if self._begun is not None and not self._belongs(self._begun[0], checkpoint, pending):
             self.discard()

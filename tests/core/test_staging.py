@@ -354,6 +354,18 @@ def test_each_arrival_is_waited_for_once() -> None:
     assert staging.snapshot().parts == {}
 
 
+def test_parts_are_told_of_until_a_device_still_sends_something() -> None:
+    staging, told = Staging(), list[PartImage]()
+    with staging.taking(told.append):
+        staging.put("first", [np.zeros(3)])
+        staging.put("second", device_state(), DeviceCodec())
+        staging.put("third", [np.zeros(3)])
+        assert staging.snapshot().parts.keys() == {"first", "second", "third"}
+    assert [part.name for part in told] == ["first"]
+    staging.put("first", [np.zeros(3)])
+    assert len(told) == 1
+
+
 def test_frozen_tensors_of_a_device_are_not_written_again() -> None:
     """The wait comes before it is decided what is shared."""
     store, staging, state, base = MemoryStore(), Staging(), device_state(), None
