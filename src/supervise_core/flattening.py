@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping
 from typing import Any, Final, NamedTuple
 
 from supervise_core.errors import UnsupportedStateError
 from supervise_core.numpy_codec import NumpyCodec
-from supervise_core.tagged_json import Json, Untold, encode
+from supervise_core.tagged_json import Json, Path, Untold, encode, text_of
 from supervise_core.tensors import StoredTensor, TensorCodec, TensorSpec
 
 TENSOR: Final = "$tensor"
 ARRAY: Final = "$array"
-_KEY: Final = re.compile(r"\[(?:'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\]]*))\]")
 
 
 def codecs_of(codec: TensorCodec[Any] | None) -> dict[str, TensorCodec[Any]]:
@@ -33,16 +31,12 @@ class FlatTensor(NamedTuple):
 
 
 class Flattening:
-    """The tensors of one tree, named by their paths: ``blocks.0.weight``, ``state.3.exp_avg``.
+    """The tensors of one tree, named by their paths: ``blocks.0.weight``, ``state.3.exp_avg``."""
 
-    ``names`` remembers what paths are called, from one flattening of a tree to the next.
-    """
-
-    def __init__(self, part: str, codecs: Mapping[str, TensorCodec[Any]], names: dict[str, str] | None = None) -> None:
+    def __init__(self, part: str, codecs: Mapping[str, TensorCodec[Any]]) -> None:
         self.part = part
         self.codecs = codecs
         self.tensors: dict[str, FlatTensor] = {}
-        self._names: dict[str, str] = {} if names is None else names
         self._at: dict[tuple[str, int], FlatTensor] = {}
         self._leaves: dict[Hashable, Json] = {}
 
@@ -53,20 +47,20 @@ class Flattening:
         """
         return encode(tree, self.part, self._leaf)
 
-    def _leaf(self, path: str, value: Any) -> Json | Untold:
+    def _leaf(self, path: Path, value: Any) -> Json | Untold:
         for tag, codec in self.codecs.items():
             if codec.recognises(value):
                 return self._tensor(path, tag, codec, value)
         try:
             return self.codecs[TENSOR].encode_constant(value)
         except TypeError as error:
-            raise UnsupportedStateError(path, str(error)) from error
+            raise UnsupportedStateError(text_of(path), str(error)) from error
 
-    def _tensor(self, path: str, tag: str, codec: TensorCodec[Any], value: Any) -> Json:
+    def _tensor(self, path: Path, tag: str, codec: TensorCodec[Any], value: Any) -> Json:
         try:
             described = codec.describe(value)
         except TypeError as error:
-            raise UnsupportedStateError(path, str(error)) from error
+            raise UnsupportedStateError(text_of(path), str(error)) from error
         address = codec.address(value)
         if (known := self._tied(tag, codec, value, address)) is not None:
             return known
@@ -93,13 +87,15 @@ class Flattening:
             self._leaves[tag, codec.identity(other.value)] = _leaf_of(other)
         return None if identity is None else self._leaves.get((tag, identity))
 
-    def _unique_name(self, path: str) -> str:
+    def _unique_name(self, path: Path) -> str:
         """``model['conv.weight']`` is stored as ``conv.weight``, ``optimizer['state'][0]['exp_avg']`` as it reads."""
-        plain = self._names.get(path)
-        if plain is None:
-            keys = _KEY.findall(path, len(self.part))
-            plain = self._names[path] = ".".join([one or other or bare for one, other, bare in keys]) or self.part
-        name, number = plain, 2
+        keys: list[str] = []
+        while type(path) is tuple:
+            path, key = path
+            keys.append(key if type(key) is str and key.isprintable() else repr(key).strip("'"))
+        keys.reverse()
+        name = plain = ".".join(keys) or self.part
+        number = 2
         while name in self.tensors or name == "__metadata__":
             name, number = f"{plain}#{number}", number + 1
         return name

@@ -24,7 +24,6 @@ from supervise_core.snapshot import FileImage, PartImage, Snapshot, TensorImage,
 from supervise_core.tensors import Arrival, TensorCodec, TensorSpec
 
 SHARD_BYTES: Final = 5 * 10**9
-_NAMES_TO_SPARE: Final = 1000
 
 Arrived = Callable[[PartImage], None]
 """Told of each part that is in memory for good, while others may still have to be copied."""
@@ -50,7 +49,6 @@ class Staging:
             raise ValueError(f"shard_bytes is a positive number of bytes, not {shard_bytes!r}")
         self._shard_bytes = shard_bytes
         self._kept: dict[str, _Kept] = {}
-        self._names: dict[str, dict[str, str]] = {}
         self._parts: dict[str, PartImage] = {}
         self._pending: list[Callable[[], None]] = []
         self._arrived: Arrived | None = None
@@ -76,16 +74,13 @@ class Staging:
         if not per_rank and not self.keeps_shared_parts:
             return
         with no_collection():
-            names = self._names.setdefault(part, {})
-            flat = Flattening(part, codecs_of(codec), names)
+            flat = Flattening(part, codecs_of(codec))
             skeleton = flat.encode(state)
             boxes = [name for name, tensor in flat.tensors.items() if is_boxed(tensor.stored)]
             if boxes and not per_rank:
                 raise UnsupportedStateError(
                     f"{part}: {boxes[0]}", "it is a piece of a larger tensor; put the part with per_rank=True"
                 )
-            if len(names) > 2 * len(flat.tensors) + _NAMES_TO_SPARE:
-                names.clear()  # the keys of this state change all the time
             number = self._next_number()
             taken = self._take(flat, number)
         image = self._parts[part] = PartImage(

@@ -13,7 +13,7 @@ import math
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from supervise_core.errors import UnsupportedStateError
 
@@ -33,11 +33,32 @@ class Untold:
 
 
 UNTOLD: Final = Untold()
-LeafEncoder = Callable[[str, Any], "Json | Untold"]
+Path: TypeAlias = "str | tuple[Path, Any]"
+"""Where a value stands: the name of the whole, or what it is in and its key there. Made text only where it is read."""
+
+LeafEncoder = Callable[[Path, Any], "Json | Untold"]
 LeafDecoder = Callable[[str, Json], "Any | Untold"]
 
 
-def encode(value: Any, path: str = "value", leaf: LeafEncoder | None = None) -> Json:
+def text_of(path: Path) -> str:
+    """A path as one would write it in Python: ``optimizer['state'][0]``."""
+    if isinstance(path, str):
+        return path
+    within, key = path
+    return f"{text_of(within)} key" if key is _KEY else f"{text_of(within)}[{key!r}]"
+
+
+class _Key:
+    """Stands in a path for a key itself, which has none."""
+
+    def __repr__(self) -> str:
+        return "key"
+
+
+_KEY: Final = _Key()
+
+
+def encode(value: Any, path: Path = "value", leaf: LeafEncoder | None = None) -> Json:
     """The JSON for a value. ``leaf(path, value)`` is asked first for all but plain values, lists and dictionaries of
     just these types; it answers JSON, or ``UNTOLD``.
 
@@ -70,9 +91,9 @@ class _Encoder:
     def __init__(self, leaf: LeafEncoder | None) -> None:
         self._leaf = leaf
 
-    def encode(self, value: Any, path: str, depth: int) -> Json:
+    def encode(self, value: Any, path: Path, depth: int) -> Json:
         if depth > _DEEPEST:
-            raise UnsupportedStateError(path, f"it is nested more than {_DEEPEST} deep (or contains itself)")
+            raise UnsupportedStateError(text_of(path), f"it is nested more than {_DEEPEST} deep (or contains itself)")
         kind: type[Any] = type(value)
         if kind in _PLAIN:
             return value
@@ -90,7 +111,7 @@ class _Encoder:
                 return told
         return self._tagged(kind, value, path, depth)
 
-    def _tagged(self, kind: type[Any], value: Any, path: str, depth: int) -> Json:
+    def _tagged(self, kind: type[Any], value: Any, path: Path, depth: int) -> Json:
         if kind is tuple:
             return {"$tuple": self._items(value, path, depth)}
         if kind in (set, frozenset):
@@ -108,33 +129,35 @@ class _Encoder:
             factory = next((name for name, made in _FACTORIES.items() if made is value.default_factory), None)
             if factory is None:
                 raise UnsupportedStateError(
-                    path, f"the default factory {value.default_factory!r} cannot be written down"
+                    text_of(path), f"the default factory {value.default_factory!r} cannot be written down"
                 )
             return {"$defaultdict": [factory, self._pairs(value, path, depth)]}
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(value, numpy.generic):
             return _encode_numpy_scalar(value, path)
-        raise UnsupportedStateError(path, f"values of type {_full_name(kind)} cannot be written as data")
+        raise UnsupportedStateError(text_of(path), f"values of type {_full_name(kind)} cannot be written as data")
 
-    def _items(self, values: Iterable[Any], path: str, depth: int) -> list[Json]:
-        return [self.encode(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(values)]
+    def _items(self, values: Iterable[Any], path: Path, depth: int) -> list[Json]:
+        return [self.encode(item, (path, index), depth + 1) for index, item in enumerate(values)]
 
-    def _dictionary(self, value: dict[Any, Any], path: str, depth: int) -> Json:
+    def _dictionary(self, value: dict[Any, Any], path: Path, depth: int) -> Json:
         if all(type(key) is str for key in value) and not next(iter(value), "").startswith("$"):
-            return {key: self.encode(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()}
+            return {key: self.encode(item, (path, key), depth + 1) for key, item in value.items()}
         return {"$dict": self._pairs(value, path, depth)}
 
-    def _pairs(self, value: dict[Any, Any], path: str, depth: int) -> list[Json]:
+    def _pairs(self, value: dict[Any, Any], path: Path, depth: int) -> list[Json]:
         return [
-            [self.encode(key, f"{path} key", depth + 1), self.encode(item, f"{path}[{key!r}]", depth + 1)]
+            [self.encode(key, (path, _KEY), depth + 1), self.encode(item, (path, key), depth + 1)]
             for key, item in value.items()
         ]
 
 
-def _encode_numpy_scalar(value: Any, path: str) -> Json:
+def _encode_numpy_scalar(value: Any, path: Path) -> Json:
     dtype = value.dtype
     if dtype.hasobject or dtype.names or dtype.kind == "V" or dtype.type.__module__ != "numpy":
-        raise UnsupportedStateError(path, f"NumPy scalars of dtype {dtype} cannot be written as data; use an array")
+        raise UnsupportedStateError(
+            text_of(path), f"NumPy scalars of dtype {dtype} cannot be written as data; use an array"
+        )
     return {"$numpy": [dtype.str, base64.b64encode(value.tobytes()).decode("ascii")]}
 
 

@@ -116,15 +116,17 @@ def test_names_are_readable_and_never_collide() -> None:
         "__metadata__": np.full(1, 2.0),
         "": np.full(1, 3.0),
         5: np.zeros(2),
+        "two\nlines": np.full(1, 4.0),
+        "\ud800": np.full(1, 5.0),
     }
     snapshot = image_of(state)
     names = {tensor.spec.name for file in snapshot.parts["model"].files for tensor in file.tensors}
-    assert len(names) == 5
-    assert {"a.b", "a.b#2", "5"} <= names
+    assert len(names) == 7
+    assert {"a.b", "a.b#2", "5", "two\\nlines", "\\ud800"} <= names, "other readers know no name that is not text"
     assert "__metadata__" not in names
     there = part_of(snapshot).tree()
     assert {key: float(np.sum(value)) for key, value in there.items() if key != "a"} == {
-        "a.b": 1, "__metadata__": 2, "": 3, 5: 0,
+        "a.b": 1, "__metadata__": 2, "": 3, 5: 0, "two\nlines": 4, "\ud800": 5,
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from supervise_core.errors import UnsupportedStateError
-from supervise_core.tagged_json import UNTOLD, decode, encode
+from supervise_core.tagged_json import UNTOLD, Path, decode, encode, text_of
 
 
 class Pair(NamedTuple):
@@ -113,9 +113,22 @@ def test_what_contains_itself_is_refused() -> None:
         encode(loop)
 
 
+def test_paths_are_told_as_python_has_them() -> None:
+    def path_of(value: Any) -> str:
+        with pytest.raises(UnsupportedStateError) as caught:
+            encode(value, "part")
+        return caught.value.path
+
+    assert path_of(object()) == "part"
+    assert path_of({"a b": [1, (2, object())]}) == "part['a b'][1][1]"
+    assert path_of({1: {"it's": object()}}) == """part[1]["it's"]"""
+    assert path_of({(1, "x"): object()}) == "part[(1, 'x')]"
+    assert path_of({"a": {date(2020, 1, 1): 1}}) == "part['a'] key"
+
+
 def test_leaves() -> None:
-    def write(path: str, value: Any) -> Any:
-        return {"$mine": [path, value.tolist()]} if isinstance(value, np.ndarray) else UNTOLD
+    def write(path: Path, value: Any) -> Any:
+        return {"$mine": [text_of(path), value.tolist()]} if isinstance(value, np.ndarray) else UNTOLD
 
     def read(tag: str, content: Any) -> Any:
         return np.array(content[1]) if tag == "$mine" else UNTOLD

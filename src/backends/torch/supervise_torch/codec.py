@@ -99,6 +99,8 @@ class TorchCodec(TensorCodec[torch.Tensor]):
 
     def is_writable(self, value: torch.Tensor) -> bool:
         value = own_of(value)
+        if value.layout is torch.strided and value.is_contiguous():
+            return True
         return all(stride for stride, side in zip(value.stride(), value.shape, strict=True) if side > 1)
 
     def dtype_and_shape(self, stored: StoredTensor) -> tuple[torch.dtype, tuple[int, ...]]:
