@@ -133,9 +133,9 @@ def parse_json_object(text: bytes | bytearray) -> dict[str, Any]:
 
 
 def _parse_entry(name: str, entry: Any) -> TensorRange:
-    if type(entry) is not dict or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    if type(entry) is not dict:
         raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
     begin, end = offsets
@@ -143,8 +143,9 @@ def _parse_entry(name: str, entry: Any) -> TensorRange:
         raise ValueError(f"the header's entry for {name!r} is not that of a tensor")
     if dtype not in BITS:
         raise ValueError(f"tensor {name!r} has the dtype {dtype!r}, which this version does not read")
-    if len(shape) > 64 or not all(type(side) is int and 0 <= side < 1 << 63 for side in shape):
-        raise ValueError(f"tensor {name!r} has an impossible shape")
+    for side in shape:  # of each of many tensors: a generator would take longer than all the rest
+        if type(side) is not int or not 0 <= side < 1 << 63 or len(shape) > 64:
+            raise ValueError(f"tensor {name!r} has an impossible shape")
     spec = TensorSpec(name, dtype, tuple(shape))
     if end - begin != spec.nbytes:
         raise ValueError(f"tensor {name!r} has {end - begin} bytes where its shape needs {spec.nbytes}")
