@@ -32,6 +32,14 @@ class CheckpointStore(ABC):
         return self.location
 
     @property
+    def is_direct(self) -> bool:
+        """Whether blocks go straight to the storage, as far as is known.
+
+        Then writing them hardly takes a processor, and is begun while the training thread still copies.
+        """
+        return False
+
+    @property
     @abstractmethod
     def is_writer(self) -> bool:
         """Whether the lease is held."""

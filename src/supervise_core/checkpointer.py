@@ -223,7 +223,7 @@ class Checkpointer:
         handover = Handover(step)
         try:
             self._hand_over(handover)
-            pending = self._capture(step, handover.add if self._gathering.decides else None)
+            pending = self._capture(step, handover.add)
             handover.complete(pending)
         finally:
             handover.break_off()

@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft, Link
 from supervise_core.checkpoint_store import CheckpointStore
@@ -36,6 +36,8 @@ _REASON: Final = "reason.json"
 _IDENTITY: Final = "identity"
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
 """What file systems answer that have no hard links, or not for this file, or not that many."""
+
+ResultT = TypeVar("ResultT")
 
 
 class DirectoryStore(CheckpointStore):
@@ -61,6 +63,7 @@ class DirectoryStore(CheckpointStore):
         self._lease = Lease(self.path, self._disk, clock or SystemClock(), host or Host())
         self._drafts = 0
         self._said_no_links = False
+        self._is_direct = False
 
     # ---- the writer
 
@@ -81,6 +84,10 @@ class DirectoryStore(CheckpointStore):
 
     def release(self) -> None:
         self._lease.release()
+
+    @property
+    def is_direct(self) -> bool:
+        return self._is_direct
 
     @property
     def is_writer(self) -> bool:
@@ -167,10 +174,10 @@ class DirectoryStore(CheckpointStore):
                 "Use another logdir, or supervise_tf's store=BundleStore(logdir), which keeps them as TensorFlow does."
             )
 
-    def _change(self, act: Callable[..., object], *arguments: object) -> None:
+    def _change(self, act: Callable[..., ResultT], *arguments: object) -> ResultT:
         """A call that works in, into or out of the lease directory; if it fails as that is gone, we were replaced."""
         try:
-            act(*arguments)
+            return act(*arguments)
         except OSError as error:
             if is_lost(error) and not self._disk.is_directory(self._lease.directory):
                 raise self._lease.lost() from error
@@ -273,7 +280,7 @@ class DirectoryStore(CheckpointStore):
 
     def write_blocks(self, draft: Path, file: str, pieces: Iterable[memoryview], size: int, later: Unsynced) -> None:
         """Write one file of a draft past the page cache, durable ``later``; for the draft alone."""
-        self._change(write_blocks, self._disk, draft / file, pieces, size, later)
+        self._is_direct = self._change(write_blocks, self._disk, draft / file, pieces, size, later)
 
     def link(self, draft: Path, checkpoint: CheckpointId, files: Sequence[Link]) -> bool:
         """Give files of a checkpoint further names in a draft, all of them or none; for the draft alone."""

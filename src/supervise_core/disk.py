@@ -410,8 +410,8 @@ def write_file(
 
 def write_blocks(
     disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, later: Unsynced | None = None
-) -> None:
-    """As ``write_file``, but past the page cache.
+) -> bool:
+    """As ``write_file``, but past the page cache; whether it was.
 
     The pieces begin and end at blocks of ``BLOCK`` bytes; of the last one, what is beyond ``size`` bytes is cut off.
     That is the quickest way to the disk, and the only steady one: what goes through the page cache waits for whatever
@@ -419,27 +419,29 @@ def write_blocks(
     """
     unsynced = Unsynced(disk) if later is None else later
     try:
-        _write_blocks(disk, path, pieces, size, unsynced)
+        is_direct = _write_blocks(disk, path, pieces, size, unsynced)
         if later is None:
             unsynced.sync()
+        return is_direct
     finally:
         if later is None:
             unsynced.close()
 
 
-def _write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, unsynced: Unsynced) -> None:
+def _write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, unsynced: Unsynced) -> bool:
     try:
         descriptor = unsynced.add(disk.create(path, direct=True))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         write_file(disk, path, cut_off(pieces, size), unsynced)
-        return
+        return False
     disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
     for piece in pieces:
         for begin in range(0, len(piece), _DIRECT_PIECE):
             disk.write(descriptor, piece[begin : begin + _DIRECT_PIECE])
     disk.truncate(descriptor, size)
+    return True
 
 
 def cut_off(pieces: Iterable[memoryview], size: int) -> Iterator[memoryview]:

@@ -1,7 +1,8 @@
 """A snapshot on its way from the thread that takes it to the one that writes it: part by part, or as a whole.
 
-A part is in memory before the others are, so the disk can have it already while they are being copied. Until the
-snapshot is whole, nobody knows whether there will be one: what was written early is a draft, and thrown away if not.
+A part is in memory before the others are, so the disk can have it already while they are being copied; where writing
+would be one more copy, into a cache, it can wait. Until the snapshot is whole, nobody knows whether there will be one:
+what was written early is a draft, and thrown away if not.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Drafting:
         """Write the parts that are there before the snapshot is. What goes wrong is raised by ``begin``."""
         try:
             for part in handover.early_parts():
-                if self._begun is None and self._is_saved(handover.step):
+                if self._begun is None and (not self._store.is_direct or self._is_saved(handover.step)):
                     continue
                 _, _, writer = self._begun or self._begin(CheckpointId(handover.step))
                 self._early.append(part)

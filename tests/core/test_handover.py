@@ -25,7 +25,7 @@ from supervise_core.handover import Drafting, Handover, PendingSave
 from supervise_core.manifest import Manifest
 from supervise_core.snapshot import PartImage, Snapshot
 from supervise_core.testing.clock import FakeClock, eventually
-from supervise_core.testing.disks import Crash, CrashingDisk, FaultyDisk, HastyDisk, WatchedDisk
+from supervise_core.testing.disks import CachedDisk, Crash, CrashingDisk, FaultyDisk, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeMachine
 from supervise_numpy import ArrayBackend
 
@@ -90,16 +90,27 @@ class Run:
         check(self.logdir, steps)
 
 
-class HastyWatchedDisk(WatchedDisk, HastyDisk):
-    """One whose calls are watched, and that syncs nothing."""
+class DirectDisk(HastyDisk):
+    """One that seems to write past the cache on any file system, and syncs nothing."""
+
+    def create(self, path: Path, *, direct: bool = False) -> int:
+        return super().create(path)
 
 
-class HastyFaultyDisk(FaultyDisk, HastyDisk):
-    """One that fails, and syncs nothing."""
+class HastyWatchedDisk(WatchedDisk, DirectDisk):
+    """One whose calls are watched."""
 
 
-class HastyCrashingDisk(CrashingDisk, HastyDisk):
-    """One whose process dies, and that syncs nothing."""
+class HastyFaultyDisk(FaultyDisk, DirectDisk):
+    """One that fails."""
+
+
+class HastyCrashingDisk(CrashingDisk, DirectDisk):
+    """One whose process dies."""
+
+
+class HastyCachedDisk(CachedDisk, HastyDisk):
+    """One on which all goes through the cache."""
 
 
 def check(logdir: Path, steps: list[int]) -> None:
@@ -157,6 +168,13 @@ class Early:
         self.drafting = Drafting(store, None)
         self._thread = threading.Thread(target=self.drafting.write_early, args=(self.handover,))
 
+    @classmethod
+    def on(cls, store: DirectoryStore, step: int) -> Early:
+        """The same where the store is known to write past the cache."""
+        store.begin(CheckpointId(0)).write_blocks("any", [], 0)
+        assert store.is_direct
+        return cls(store, step)
+
     def put(self, state: Any) -> None:
         with self.staging.taking(self.parts.append):
             self.staging.put("model", state)
@@ -175,15 +193,15 @@ def test_it_is_hashed_only_when_the_loop_goes_on(tmp_path: Path) -> None:
     """Until then the processors belong to the copying, which the loop waits for."""
     disk = HastyWatchedDisk()
     store = DirectoryStore(tmp_path, disk=disk)
-    early = Early(store, 3)
-    with store.writing(), early.drafting:
+    with store.writing(), (early := Early.on(store, 3)).drafting:
+        before = disk.count("truncate")
         early.put({"w": np.zeros(1 << 18)})
-        eventually(lambda: disk.count("truncate"))
+        eventually(lambda: disk.count("truncate") > before)
         assert early.parts[0].digests == {}
         pending = early.complete()
         _, writer = early.drafting.begin(CheckpointId(3), pending)
         written = writer.write(pending.snapshot, None)
-        assert disk.count("truncate") == 1
+        assert disk.count("truncate") == before + 1
     assert early.parts[0].digests.keys() == {"w"}
     assert set(written.files) == {"model.safetensors", "state.json"}
 
@@ -193,7 +211,7 @@ def test_a_second_save_of_the_same_step_is_not_begun_early(tmp_path: Path) -> No
     disk = HastyWatchedDisk()
     store = DirectoryStore(tmp_path, disk=disk)
     with store.writing():
-        first = Early(store, 3)
+        first = Early.on(store, 3)
         with first.drafting:
             first.put({"w": np.zeros(10)})
             draft, writer = first.drafting.begin(CheckpointId(3), first.complete())
@@ -212,12 +230,27 @@ def test_a_second_save_of_the_same_step_is_not_begun_early(tmp_path: Path) -> No
 def test_what_was_begun_and_is_not_kept_is_removed(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path, disk=HastyWatchedDisk())
     with store.writing():
-        early = Early(store, 3)
+        early = Early.on(store, 3)
         with early.drafting:
             early.put({"w": np.zeros(10)})
             early.drafting.begin(CheckpointId(3), early.complete())
-            assert len(list(tmp_path.glob(".work/*/draft-*"))) == 1
-        assert list(tmp_path.glob(".work/*/draft-*")) == []
+            assert len(list(tmp_path.glob(".work/*/draft-2"))) == 1
+        assert list(tmp_path.glob(".work/*/draft-2")) == []
+
+
+@pytest.mark.parametrize("disk", [HastyWatchedDisk(), HastyCachedDisk()], ids=["not known yet", "through the cache"])
+def test_where_a_write_may_be_one_more_copy_nothing_is_written_early(tmp_path: Path, disk: WatchedDisk) -> None:
+    store = DirectoryStore(tmp_path, disk=disk)
+    with store.writing():
+        if isinstance(disk, HastyCachedDisk):
+            store.begin(CheckpointId(0)).write_blocks("any", [], 0)
+        made = disk.count("make_directory")
+        early = Early(store, 3)
+        with early.drafting:
+            early.put({"w": np.zeros(10)})
+            eventually(early.handover._parts.empty)
+            early.complete()
+        assert disk.count("make_directory") == made
 
 
 def test_a_snapshot_that_cannot_be_taken_leaves_nothing(tmp_path: Path) -> None:
