@@ -25,7 +25,7 @@ from supervise_core.handover import Drafting, Handover, PendingSave
 from supervise_core.manifest import Manifest
 from supervise_core.snapshot import PartImage, Snapshot
 from supervise_core.testing.clock import FakeClock, eventually
-from supervise_core.testing.disks import CachedDisk, Crash, CrashingDisk, FaultyDisk, HastyDisk, WatchedDisk
+from supervise_core.testing.disks import CachedDisk, Crash, CrashingDisk, DirectDisk, FaultyDisk, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeMachine
 from supervise_numpy import ArrayBackend
 
@@ -90,23 +90,16 @@ class Run:
         check(self.logdir, steps)
 
 
-class DirectDisk(HastyDisk):
-    """One that seems to write past the cache on any file system, and syncs nothing."""
-
-    def create(self, path: Path, *, direct: bool = False) -> int:
-        return super().create(path)
+class HastyWatchedDisk(WatchedDisk, DirectDisk, HastyDisk):
+    """One whose calls are watched, and that syncs nothing."""
 
 
-class HastyWatchedDisk(WatchedDisk, DirectDisk):
-    """One whose calls are watched."""
+class HastyFaultyDisk(FaultyDisk, DirectDisk, HastyDisk):
+    """One that fails, and syncs nothing."""
 
 
-class HastyFaultyDisk(FaultyDisk, DirectDisk):
-    """One that fails."""
-
-
-class HastyCrashingDisk(CrashingDisk, DirectDisk):
-    """One whose process dies."""
+class HastyCrashingDisk(CrashingDisk, DirectDisk, HastyDisk):
+    """One whose process dies, and that syncs nothing."""
 
 
 class HastyCachedDisk(CachedDisk, HastyDisk):
