@@ -19,8 +19,8 @@ The floors of this package, from what users call down to what knows nothing; imp
      5   parts, staging
      4   data_loop, flattening, manifest, snapshot
      3   boxes, data_stream, hookspecs, numpy_codec, safetensors_format, services
-     2   boundary, looper, report, signals, tensors, watchdog
-     1   agreement, coordinator, data_source, file_board, lease, memory, retention, summaries, tagged_json, triggers
+     2   boundary, lease, looper, report, retention, signals, tensors, watchdog
+     1   agreement, coordinator, data_source, durable_files, file_board, memory, summaries, tagged_json, triggers
      0   board, clock, disk, errors, hashing, host, process_random, readiness
 
 Floors 14 to 19 are the road of a run and its loop; 12 and 13 save and recover; 4 to 11 are state in memory, checkpoints

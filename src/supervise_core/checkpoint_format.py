@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-from supervise_core.disk import cut_off
+from supervise_core.durable_files import cut_off
 from supervise_core.errors import CheckpointDamagedError
 from supervise_core.hashing import hash_of
 from supervise_core.manifest import LARGEST_MANIFEST, MANIFEST, FileRecord, Manifest

@@ -22,7 +22,8 @@ from typing import Final, TypeVar
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Chunk, Draft, Link
 from supervise_core.checkpoint_store import CheckpointStore
 from supervise_core.clock import Clock, SystemClock
-from supervise_core.disk import Disk, OpenDirectory, Unsynced, ensure_directory, remove_tree, write_blocks, write_file
+from supervise_core.disk import Disk, OpenDirectory
+from supervise_core.durable_files import Unsynced, ensure_directory, remove_tree, write_blocks, write_file
 from supervise_core.errors import CheckpointDamagedError, CheckpointError
 from supervise_core.host import Host
 from supervise_core.lease import Lease, is_lost

@@ -12,6 +12,7 @@ import mmap
 import os
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,11 +25,10 @@ BLOCK: Final = 4096
 """What memory and sizes of direct writes are multiples of; enough for every disk in use."""
 
 _PIECE: Final = 16 << 20
-_DIRECT_PIECE: Final = 64 << 20
-"""What one direct write takes: as it ends, the disk has nothing to do until the next one begins."""
-
 _WORTH_DIRECT: Final = 1 << 20
-_HUGE: Final = 2 << 20
+_DIRECT_READ: Final = 2 << 20
+"""What one direct read takes: a huge page, and little enough to be in the cache still when it is copied from there."""
+
 _of_thread: Final = threading.local()
 _CANNOT_PROMISE: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -203,7 +203,7 @@ class OpenDirectory:
         self._opened = opened = list[int]()
         self._directs: dict[str, int | None] = {}
         self._opening = threading.Lock()
-        self._finalizer = finalize(self, _close_all, opened)
+        self._finalizer = finalize(self, close_all, opened)
         try:
             here = os.open(path, _READ_FLAGS | os.O_DIRECTORY)
             opened.append(here)
@@ -324,156 +324,48 @@ def _is_cached(descriptor: int, at: int, nbytes: int) -> bool:
 
 def _read_direct(descriptor: int, at: int, buffers: Sequence[memoryview], wanted: int) -> int:
     """Read whole blocks into memory of this thread that begins at a block, and copy from there."""
-    begin, end = at // BLOCK * BLOCK, -(-(at + wanted) // BLOCK) * BLOCK
-    blocks = _blocks_of_this_thread(end - begin)
-    there = os.preadv(descriptor, [blocks[: end - begin]], begin) - (at - begin)
-    taken = min(wanted, max(0, there))
-    source, left = _address_of(blocks) + at - begin, taken
-    for buffer in buffers:
-        count = min(left, buffer.nbytes)
-        ctypes.memmove(_address_of(buffer), source + taken - left, count)  # unlike a slice, it lets other threads run
-        left -= count
-    return taken
+    blocks = _blocks_of_this_thread()
+    left = deque((_address_of(buffer), buffer.nbytes) for buffer in buffers)
+    done = 0
+    while done < wanted:
+        begin = (at + done) // BLOCK * BLOCK
+        size = min(len(blocks), -(-(at + wanted - begin) // BLOCK) * BLOCK)
+        passed_over = at + done - begin
+        taken = min(wanted - done, os.preadv(descriptor, [blocks[:size]], begin) - passed_over)
+        if taken <= 0:
+            break
+        _scatter(_address_of(blocks) + passed_over, taken, left)
+        done += taken
+    return done
+
+
+def _scatter(source: int, nbytes: int, left: deque[tuple[int, int]]) -> None:
+    """Copy to where there is room left, as addresses and sizes, and take that off."""
+    while nbytes:
+        target, room = left.popleft()
+        count = min(nbytes, room)
+        ctypes.memmove(target, source, count)  # unlike a slice, it lets other threads run
+        source += count
+        nbytes -= count
+        if count < room:
+            left.appendleft((target + count, room - count))
 
 
 def _address_of(view: memoryview) -> int:
     return ctypes.addressof(_NOTHING.from_buffer(view))
 
 
-def _blocks_of_this_thread(nbytes: int) -> memoryview:
+def _blocks_of_this_thread() -> memoryview:
     blocks: memoryview | None = getattr(_of_thread, "blocks", None)
-    if blocks is None or len(blocks) < nbytes:
-        memory = mmap.mmap(-1, -(-nbytes // _HUGE) * _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if blocks is None:
+        memory = mmap.mmap(-1, _DIRECT_READ, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # without huge pages the disk gets smaller requests, and that is all
             memory.madvise(mmap.MADV_HUGEPAGE)
         blocks = _of_thread.blocks = memoryview(memory)
     return blocks
 
 
-def _close_all(descriptors: list[int]) -> None:
+def close_all(descriptors: list[int]) -> None:
+    """Close them, and forget each one as it is closed."""
     while descriptors:
         os.close(descriptors.pop())
-
-
-# ---- what is made of several calls
-
-
-class Unsynced:
-    """Files that are held open until they are made durable, all at once.
-
-    A file system writes its journal for each file that is made durable after something has changed, and finding a place
-    for the content of the next file is such a change. So all of them set off first, and one journal has them all.
-    """
-
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
-        self._descriptors = list[int]()
-        self._finalizer = finalize(self, _close_all, self._descriptors)
-
-    def add(self, descriptor: int) -> int:
-        """Hold one more, which is still to be written."""
-        self._descriptors.append(descriptor)
-        return descriptor
-
-    def sync(self) -> None:
-        """Make them durable in the order in which they came, and let go of them."""
-        for descriptor in self._descriptors[1:]:
-            self._disk.begin_sync(descriptor)
-        while self._descriptors:
-            self._disk.sync(self._descriptors[0])
-            self._disk.close(self._descriptors.pop(0))
-
-    def close(self) -> None:
-        """Let go of them as they are; safe to call twice."""
-        while self._descriptors:
-            self._disk.close(self._descriptors.pop())
-
-
-def write_file(
-    disk: Disk, path: Path, chunks: Iterable[bytes | bytearray | memoryview], later: Unsynced | None = None
-) -> None:
-    """Write a new file and make its content durable, or leave that for ``later``.
-
-    Its name is durable once its directory is synced.
-    """
-    unsynced = Unsynced(disk) if later is None else later
-    try:
-        descriptor = unsynced.add(disk.create(path))
-        for chunk in chunks:
-            disk.write(descriptor, chunk)
-        if later is None:
-            unsynced.sync()
-    finally:
-        if later is None:
-            unsynced.close()
-
-
-def write_blocks(
-    disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, later: Unsynced | None = None
-) -> bool:
-    """As ``write_file``, but past the page cache; whether it was.
-
-    The pieces begin and end at blocks of ``BLOCK`` bytes; of the last one, what is beyond ``size`` bytes is cut off.
-    That is the quickest way to the disk, and the only steady one: what goes through the page cache waits for whatever
-    else is in it. Where the file system has no direct writes, it goes through the cache all the same.
-    """
-    unsynced = Unsynced(disk) if later is None else later
-    try:
-        is_direct = _write_blocks(disk, path, pieces, size, unsynced)
-        if later is None:
-            unsynced.sync()
-        return is_direct
-    finally:
-        if later is None:
-            unsynced.close()
-
-
-def _write_blocks(disk: Disk, path: Path, pieces: Iterable[memoryview], size: int, unsynced: Unsynced) -> bool:
-    try:
-        descriptor = unsynced.add(disk.create(path, direct=True))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        write_file(disk, path, cut_off(pieces, size), unsynced)
-        return False
-    disk.allocate(descriptor, -(-size // BLOCK) * BLOCK)
-    for piece in pieces:
-        for begin in range(0, len(piece), _DIRECT_PIECE):
-            disk.write(descriptor, piece[begin : begin + _DIRECT_PIECE])
-    disk.truncate(descriptor, size)
-    return True
-
-
-def cut_off(pieces: Iterable[memoryview], size: int) -> Iterator[memoryview]:
-    """The first ``size`` bytes, in pieces that are worth a call each."""
-    left = size
-    for piece in pieces:
-        for begin in range(0, min(left, len(piece)), _PIECE):
-            yield piece[begin : min(begin + _PIECE, left)]
-        left -= min(left, len(piece))
-
-
-def ensure_directory(disk: Disk, path: Path) -> None:
-    """Make a directory and those above it, each one's name durable."""
-    if path.is_dir():
-        return
-    ensure_directory(disk, path.parent)
-    try:
-        disk.make_directory(path)
-    except FileExistsError:
-        if not path.is_dir():
-            raise
-    disk.sync_directory(path.parent)
-
-
-def remove_tree(disk: Disk, path: Path) -> None:
-    """Remove a directory with all in it, or a file; links are removed, never followed. Gone already is fine."""
-    try:
-        if disk.is_directory(path):
-            for name in disk.names(path):
-                remove_tree(disk, path / name)
-            disk.remove_directory(path)
-        else:
-            disk.remove_file(path)
-    except FileNotFoundError:
-        pass

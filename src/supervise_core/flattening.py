@@ -26,8 +26,27 @@ class FlatTensor(NamedTuple):
 
     tag: str
     value: Any
-    stored: StoredTensor
+    spec: TensorSpec
+    extra: Mapping[str, Json]
     address: int | None
+
+    @property
+    def stored(self) -> StoredTensor:
+        """As it is stored."""
+        return StoredTensor(self.spec, self.extra)
+
+    @property
+    def leaf(self) -> Json:
+        """What stands for it in the tree."""
+        return {self.tag: self.spec.name, **self.extra}
+
+
+class _Kind(NamedTuple):
+    """What is known of the values of one type: which codec they are of, and its tensors so far by their addresses."""
+
+    tag: str
+    codec: TensorCodec[Any]
+    at: dict[int | None, FlatTensor]
 
 
 class Flattening:
@@ -37,8 +56,9 @@ class Flattening:
         self.part = part
         self.codecs = codecs
         self.tensors: dict[str, FlatTensor] = {}
-        self._at: dict[tuple[str, int], FlatTensor] = {}
-        self._leaves: dict[Hashable, Json] = {}
+        self._by_tag = {tag: _Kind(tag, codec, {}) for tag, codec in codecs.items()}
+        self._by_type: dict[type[Any], _Kind | None] = {}
+        self._by_identity: dict[tuple[str, Hashable], FlatTensor] = {}
 
     def encode(self, tree: Any) -> Json:
         """The tree as tagged JSON, which names the tensors.
@@ -48,44 +68,41 @@ class Flattening:
         return encode(tree, self.part, self._leaf)
 
     def _leaf(self, path: Path, value: Any) -> Json | Untold:
-        for tag, codec in self.codecs.items():
-            if codec.recognises(value):
-                return self._tensor(path, tag, codec, value)
+        """Done for each tensor while the training thread waits, so it is one piece, and asks nothing twice."""
         try:
-            return self.codecs[TENSOR].encode_constant(value)
+            kind = self._by_type[type(value)]
+        except KeyError:
+            kind = self._by_type[type(value)] = self._kind_of(value)
+        try:
+            if kind is None:
+                return self.codecs[TENSOR].encode_constant(value)
+            tag, codec, at = kind
+            dtype, shape, extra, address = codec.describe(value)
         except TypeError as error:
             raise UnsupportedStateError(text_of(path), str(error)) from error
-
-    def _tensor(self, path: Path, tag: str, codec: TensorCodec[Any], value: Any) -> Json:
-        try:
-            described = codec.describe(value)
-        except TypeError as error:
-            raise UnsupportedStateError(text_of(path), str(error)) from error
-        address = codec.address(value)
-        if (known := self._tied(tag, codec, value, address)) is not None:
-            return known
-        name = self._unique_name(path)
-        spec = TensorSpec(name, described.dtype, described.shape)
-        flat = self.tensors[name] = FlatTensor(tag, value, StoredTensor(spec, described.extra), address)
-        if address is not None:
-            self._at[tag, address] = flat
-        elif (identity := codec.identity(value)) is not None:
-            self._leaves[tag, identity] = _leaf_of(flat)
-        return _leaf_of(flat)
-
-    def _tied(self, tag: str, codec: TensorCodec[Any], value: Any, address: int | None) -> Json | None:
-        """The leaf of the tensor that this one is, too, if it came before. Identities are asked for only where two
-        tensors begin at one address: that is rare, and to ask is not cheap."""
-        if address is None:
+        identity = None
+        if address is None or address in at:  # two tensors seldom begin at one address, and to ask is not cheap
             identity = codec.identity(value)
-            return None if identity is None else self._leaves.get((tag, identity))
-        other = self._at.get((tag, address))
-        if other is None:
+            if (same := self._same(kind, identity, at.get(address))) is not None:
+                return same.leaf
+        name = self._unique_name(path)
+        flat = self.tensors[name] = FlatTensor(tag, value, TensorSpec(name, dtype, shape), extra, address)
+        if address is not None:
+            at[address] = flat
+        if identity is not None:
+            self._by_identity[tag, identity] = flat
+        return {tag: name, **extra} if extra else {tag: name}
+
+    def _kind_of(self, value: Any) -> _Kind | None:
+        return next((kind for kind in self._by_tag.values() if kind.codec.recognises(value)), None)
+
+    def _same(self, kind: _Kind, identity: Hashable | None, other: FlatTensor | None) -> FlatTensor | None:
+        """The tensor that came before and is the same as the one with this identity; ``other`` begins where it does."""
+        if identity is None:
             return None
-        identity = codec.identity(value)
-        if identity is not None and (tag, identity) not in self._leaves:
-            self._leaves[tag, codec.identity(other.value)] = _leaf_of(other)
-        return None if identity is None else self._leaves.get((tag, identity))
+        if other is not None and (others := kind.codec.identity(other.value)) is not None:
+            self._by_identity.setdefault((kind.tag, others), other)
+        return self._by_identity.get((kind.tag, identity))
 
     def _unique_name(self, path: Path) -> str:
         """``model['conv.weight']`` is stored as ``conv.weight``, ``optimizer['state'][0]['exp_avg']`` as it reads."""
@@ -99,7 +116,3 @@ class Flattening:
         while name in self.tensors or name == "__metadata__":
             name, number = f"{plain}#{number}", number + 1
         return name
-
-
-def _leaf_of(tensor: FlatTensor) -> Json:
-    return {tensor.tag: tensor.stored.spec.name, **tensor.stored.extra}

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from supervise_core.clock import Clock
-from supervise_core.disk import Disk, ensure_directory, write_file
+from supervise_core.disk import Disk
+from supervise_core.durable_files import ensure_directory, write_file
 from supervise_core.errors import LeaseHeldError, LeaseLostError
 from supervise_core.host import Host, Identity
 

@@ -38,10 +38,11 @@ class NumpyCodec(TensorCodec["NDArray[Any]"]):
         dtype = value.dtype
         code = _code_of(dtype)
         if code is not None:
-            return Stored(code, value.shape)
+            return Stored(code, value.shape, address=_address_of(value))
         if dtype.hasobject or dtype.kind in "OT":
             raise TypeError(f"arrays of dtype {dtype} hold references, not data")
-        return Stored("U8", (value.nbytes,), {"dtype": _dtype_to_json(dtype), "shape": list(value.shape)})
+        named: dict[str, Json] = {"dtype": _dtype_to_json(dtype), "shape": list(value.shape)}
+        return Stored("U8", (value.nbytes,), named, _address_of(value))
 
     def copy_out(self, pairs: Sequence[tuple[NDArray[Any], memoryview]]) -> None:
         import numpy
@@ -64,13 +65,6 @@ class NumpyCodec(TensorCodec["NDArray[Any]"]):
 
         numpy.copyto(tensor, numpy.frombuffer(data, tensor.dtype).reshape(tensor.shape))
 
-    def address(self, value: NDArray[Any]) -> int | None:
-        flags = value.flags
-        if not flags.c_contiguous or not flags.writeable:
-            return None
-        where: int = value.__array_interface__["data"][0]
-        return where
-
     def is_writable(self, value: NDArray[Any]) -> bool:
         repeats = any(side > 1 and not stride for side, stride in zip(value.shape, value.strides, strict=True))
         return value.flags.writeable and not (repeats and value.size)
@@ -86,6 +80,14 @@ class NumpyCodec(TensorCodec["NDArray[Any]"]):
             return None
         address = value.__array_interface__["data"][0]
         return address, value.dtype.str, value.shape, value.strides
+
+
+def _address_of(array: NDArray[Any]) -> int | None:
+    flags = array.flags
+    if not flags.c_contiguous or not flags.writeable:
+        return None
+    where: int = array.__array_interface__["data"][0]
+    return where
 
 
 @functools.lru_cache(maxsize=256)  # NumPy composes a dtype's name anew each time

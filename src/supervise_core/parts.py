@@ -12,7 +12,7 @@ from supervise_core.errors import CheckpointDamagedError, IncompatibleCheckpoint
 from supervise_core.flattening import ARRAY, TENSOR, Flattening, FlatTensor, codecs_of
 from supervise_core.memory import address_of, copy, no_collection
 from supervise_core.tagged_json import Json, Untold, decode
-from supervise_core.tensors import StoredTensor, TensorCodec, TensorSpec
+from supervise_core.tensors import NOTHING_MORE, StoredTensor, TensorCodec, TensorSpec
 
 Target = int | Callable[[memoryview], None]
 """Where the bytes of a tensor go: to an address, or to whoever takes them from memory that is not theirs to keep."""
@@ -159,7 +159,7 @@ class Part:
         if spec is None:
             raise ValueError(f"the state of part {self.name!r} names the tensor {name!r}, which is not there")
         if len(leaf) == 1:
-            return StoredTensor(spec)
+            return StoredTensor(spec, NOTHING_MORE)
         return StoredTensor(spec, {key: value for key, value in leaf.items() if key != tag})
 
 
@@ -184,20 +184,20 @@ class _Making:
             return self._codecs[TENSOR].decode_constant(tag, content)
         name = content[tag]
         if name not in self._made:
-            self._made[name] = self._make(tag if tag in self._codecs else TENSOR, self.part.stored(tag, content))
+            self._made[name] = self._make(tag if tag in self._codecs else TENSOR, *self.part.stored(tag, content))
         return self._made[name]
 
-    def _make(self, tag: str, stored: StoredTensor) -> Any:
-        name, codec = stored.spec.name, self._codecs[tag]
+    def _make(self, tag: str, spec: TensorSpec, extra: Mapping[str, Json]) -> Any:
+        name = spec.name
         present = self._here.get(name)
-        if present is not None and present.tag == tag and present.stored == stored:
+        if present is not None and present.tag == tag and present.spec == spec and present.extra == extra:
             value, address = present.value, present.address
         else:
-            value = codec.empty(stored)
-            address = codec.address(value)
+            value = self._codecs[tag].empty(StoredTensor(spec, extra))
+            address = self._codecs[tag].describe(value).address
             self.fresh.append(name)
-        if stored.spec.nbytes:
-            self._targets[name] = _taker(codec, value) if address is None else address
+        if 0 not in spec.shape:
+            self._targets[name] = _taker(self._codecs[tag], value) if address is None else address
         return value
 
 
@@ -220,17 +220,17 @@ class _BoxMaking(_Making):
         self._pieces[chief] |= self._targets
         return [(source.read, wanted) for source, wanted in zip(self._sources, self._pieces, strict=True) if wanted]
 
-    def _make(self, tag: str, stored: StoredTensor) -> Any:
-        name, codec = stored.spec.name, self._codecs[tag]
+    def _make(self, tag: str, spec: TensorSpec, extra: Mapping[str, Json]) -> Any:
+        name, codec, stored = spec.name, self._codecs[tag], StoredTensor(spec, extra)
         present = self._here.get(name)
         if not is_boxed(stored) and not (present is not None and is_boxed(present.stored)):
-            return super()._make(tag, stored)
+            return super()._make(tag, spec, extra)
         placed = Placed.of(stored)
         if present is not None and present.tag == tag and Placed.of(present.stored).same_whole(placed):
             value, address, box = present.value, present.address, Placed.of(present.stored).box
         else:
             value = codec.empty(whole := whole_of(stored))
-            address, box = codec.address(value), Placed.of(whole).box
+            address, box = codec.describe(value).address, Placed.of(whole).box
             self.fresh.append(name)
         self._gather(name, placed, box, _taker(codec, value) if address is None else address)
         return value
@@ -304,9 +304,9 @@ def _reusable(part: str, tree: Any, codecs: Mapping[str, TensorCodec[Any]]) -> M
     except UnsupportedStateError:
         return {}  # what could not be saved as it is now is not written over, but given back as it was
     extents = sorted(
-        (address, address + tensor.stored.spec.nbytes, name)
+        (tensor.address, tensor.address + tensor.spec.nbytes, name)
         for name, tensor in flat.tensors.items()
-        if tensor.stored.spec.nbytes and (address := tensor.address) is not None
+        if tensor.address is not None and 0 not in tensor.spec.shape
     )
     shared: set[str] = set()
     end, owner = 0, ""
@@ -320,5 +320,5 @@ def _reusable(part: str, tree: Any, codecs: Mapping[str, TensorCodec[Any]]) -> M
         name: tensor
         for name, tensor in flat.tensors.items()
         if name not in shared and name not in repeated and "#" not in name
-        if codecs[tensor.tag].is_writable(tensor.value)
+        if tensor.address is not None or codecs[tensor.tag].is_writable(tensor.value)
     }

@@ -58,10 +58,11 @@ def lay_out(specs: Iterable[TensorSpec]) -> Layout:
 
 
 class TensorRange(NamedTuple):
-    """One tensor of a file, and the byte of the data at which it begins."""
+    """One tensor of a file, and the bytes of the data that are its own."""
 
-    spec: TensorSpec
     begin: int
+    end: int
+    spec: TensorSpec
 
 
 def header_length(beginning: bytes | bytearray, size: int) -> int:
@@ -84,13 +85,12 @@ def parse_header(header: bytes | bytearray, data_size: int) -> list[TensorRange]
     """
     entries = parse_json_object(header[HEADER_LENGTH:])
     entries.pop("__metadata__", None)
-    ranges = [_parse_entry(name, entry) for name, entry in entries.items()]
-    ranges.sort(key=lambda each: (each.begin, each.spec.nbytes))
+    ranges = sorted(_parse_entry(name, entry) for name, entry in entries.items())
     at = 0
-    for each in ranges:
-        if each.begin != at:
-            raise ValueError(f"the tensors overlap or leave a gap at byte {min(each.begin, at)} of the data")
-        at += each.spec.nbytes
+    for begin, end, _ in ranges:
+        if begin != at:
+            raise ValueError(f"the tensors overlap or leave a gap at byte {min(begin, at)} of the data")
+        at = end
     if at != data_size:
         raise ValueError(f"the tensors end at byte {at} of {data_size} bytes of data")
     return ranges
@@ -105,7 +105,7 @@ def parse(content: bytes | bytearray | memoryview) -> dict[str, tuple[TensorSpec
     length = header_length(bytes(view[:HEADER_LENGTH]), len(view))
     data = view[length:]
     ranges = parse_header(bytes(view[:length]), len(data))
-    return {each.spec.name: (each.spec, data[each.begin : each.begin + each.spec.nbytes]) for each in ranges}
+    return {each.spec.name: (each.spec, data[each.begin : each.end]) for each in ranges}
 
 
 def parse_json_object(text: bytes | bytearray) -> dict[str, Any]:
@@ -149,4 +149,4 @@ def _parse_entry(name: str, entry: Any) -> TensorRange:
     spec = TensorSpec(name, dtype, tuple(shape))
     if end - begin != spec.nbytes:
         raise ValueError(f"tensor {name!r} has {end - begin} bytes where its shape needs {spec.nbytes}")
-    return TensorRange(spec, begin)
+    return TensorRange(begin, end, spec)

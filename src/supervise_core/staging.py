@@ -76,7 +76,7 @@ class Staging:
         with no_collection():
             flat = Flattening(part, codecs_of(codec))
             skeleton = flat.encode(state)
-            boxes = [name for name, tensor in flat.tensors.items() if is_boxed(tensor.stored)]
+            boxes = [name for name, tensor in flat.tensors.items() if tensor.extra and is_boxed(tensor.stored)]
             if boxes and not per_rank:
                 raise UnsupportedStateError(
                     f"{part}: {boxes[0]}", "it is a piece of a larger tensor; put the part with per_rank=True"
@@ -144,16 +144,14 @@ class Staging:
 
     def _take(self, flat: Flattening, number: int) -> _Taken:
         """Copy the tensors of one part."""
-        specs = [tensor.stored.spec for tensor in flat.tensors.values()]
+        specs = [tensor.spec for tensor in flat.tensors.values()]
         kept = self._kept_for(flat.part, specs, number)
         moves: list[Move] = []
         handed: dict[str, list[tuple[Any, memoryview]]] = {}
         before: dict[str, _Before] = {}
-        for name, tensor in flat.tensors.items():
-            nbytes = tensor.stored.spec.nbytes
+        for (name, tensor), (place, nbytes) in zip(flat.tensors.items(), kept.places.values(), strict=True):
             if not nbytes:
                 continue
-            place = kept.places[name]
             if tensor.address is not None:
                 moves.append(Move(place, tensor.address, nbytes))
             else:
@@ -176,7 +174,7 @@ class Outline(Staging):
         self.forms: dict[str, list[TensorSpec]] = {}
 
     def _take(self, flat: Flattening, number: int) -> _Taken:
-        self.forms[flat.part] = [tensor.stored.spec for tensor in flat.tensors.values()]
+        self.forms[flat.part] = [tensor.spec for tensor in flat.tensors.values()]
         return _Taken((), {}, {})
 
 
@@ -190,8 +188,7 @@ class NoStaging(Staging):
 
     def _take(self, flat: Flattening, number: int) -> _Taken:
         images = [
-            TensorImage(tensor.stored.spec, _reader_of(flat.codecs[tensor.tag], tensor))
-            for tensor in flat.tensors.values()
+            TensorImage(tensor.spec, _reader_of(flat.codecs[tensor.tag], tensor)) for tensor in flat.tensors.values()
         ]
         sharded = shards_of([image.spec for image in images], self._shard_bytes)
         by_name = {image.spec.name: image for image in images}
@@ -212,7 +209,8 @@ class _Kept:
 
     specs: list[TensorSpec]
     files: tuple[FileImage, ...]
-    places: dict[str, int]
+    places: dict[str, tuple[int, int]]
+    """Where each tensor lies, and its size in bytes; in the order of ``specs``."""
     names: dict[int, str]
     """By their places, of the tensors that have any bytes."""
     changed_at: dict[str, int]
@@ -224,7 +222,7 @@ class _Kept:
     def update(self, moves: Sequence[Move], number: int) -> dict[str, int]:
         """Bring the memory up to date; when each tensor last changed."""
         self.is_doubtful = True
-        known = {self.places[name]: digest for name, digest in self.digests.items()}
+        known = {self.places[name][0]: digest for name, digest in self.digests.items()}
         for move, differs in zip(moves, bring_up_to_date(moves, known), strict=True):
             if differs:
                 name = self.names[move.target]
@@ -237,16 +235,16 @@ class _Kept:
     def of(cls, part: str, specs: list[TensorSpec], shard_bytes: int, number: int) -> _Kept:
         shards = shards_of(specs, shard_bytes)
         files: list[FileImage] = []
-        places: dict[str, int] = {}
+        places: dict[str, tuple[int, int]] = {}
         for name, shard in zip(_file_names(part, len(shards)), shards, strict=True):
             layout = lay_out(shard)
             blocks = _allocate(layout)
             begin = address_of(blocks)
-            places |= {spec.name: begin + layout.offsets[spec.name] for spec in shard}
+            places |= {spec.name: (begin + layout.offsets[spec.name], spec.nbytes) for spec in shard}
             ordered = sorted(shard, key=lambda spec: layout.offsets[spec.name])
             tensors = [TensorImage(spec, _slice(blocks, layout.offsets[spec.name], spec.nbytes)) for spec in ordered]
             files.append(FileImage(name, layout, tensors, blocks))
-        names = {places[spec.name]: spec.name for spec in specs if spec.nbytes}
+        names = {place: name for name, (place, nbytes) in places.items() if nbytes}
         return cls(specs, tuple(files), places, names, {spec.name: number for spec in specs})
 
 
@@ -286,10 +284,10 @@ def _slice(blocks: memoryview, begin: int, nbytes: int) -> Callable[[], memoryvi
 
 
 def _reader_of(codec: TensorCodec[Any], tensor: FlatTensor) -> Callable[[], memoryview]:
-    nbytes = tensor.stored.spec.nbytes
+    nbytes = tensor.spec.nbytes
 
     def read() -> memoryview:
-        address = codec.address(tensor.value)
+        address = codec.describe(tensor.value).address
         if address is not None:
             return view_at(address, nbytes)
         copied = memoryview(bytearray(nbytes))

@@ -20,8 +20,10 @@ from supervise_core.errors import UnsupportedStateError
 Json = Any
 """What ``json.loads`` gives: None, bool, int, float, str, and lists and dictionaries of them."""
 
-_PLAIN: Final = (type(None), bool, str)
-_AS_THEY_ARE: Final = frozenset({type(None), bool, str, int, float})
+_PLAIN: Final = frozenset({type(None), bool, str})
+_AS_THEY_ARE: Final = _PLAIN | {int, float}
+_JSON: Final = _AS_THEY_ARE | {list, dict}
+_TEXT: Final = frozenset({str})
 _LARGE_INTEGER: Final = 1 << 53  # beyond it, JSON readers in other languages round
 _FACTORIES: Final = {"list": list, "dict": dict, "set": set, "int": int, "float": float, "none": None}
 _DEEPEST: Final = 200
@@ -75,9 +77,11 @@ def decode(data: Json, leaf: LeafDecoder | None = None) -> Any:
     kind = type(data)
     if kind is dict:
         tag = next(iter(data), "")
+        if tag in _OPEN_TAGS:
+            return _told(tag, leaf, data)
         if not tag.startswith("$"):
             return {key: item if type(item) in _AS_THEY_ARE else decode(item, leaf) for key, item in data.items()}
-        if len(data) != 1 and tag not in _OPEN_TAGS:
+        if len(data) != 1:
             raise ValueError(f"a tagged value has one key, not {sorted(data)}")
         return _decode_tagged(tag, data, leaf)
     if kind is list:
@@ -97,6 +101,9 @@ class _Encoder:
         kind: type[Any] = type(value)
         if kind in _PLAIN:
             return value
+        if self._leaf is not None and kind not in _JSON:
+            told = self._leaf(path, value)
+            return self._tagged(kind, value, path, depth) if isinstance(told, Untold) else told
         if kind is int:
             return value if abs(value) < _LARGE_INTEGER else {"$int": hex(value)}
         if kind is float:
@@ -105,10 +112,6 @@ class _Encoder:
             return self._items(value, path, depth)
         if kind is dict:
             return self._dictionary(value, path, depth)
-        if self._leaf is not None:
-            told = self._leaf(path, value)
-            if not isinstance(told, Untold):
-                return told
         return self._tagged(kind, value, path, depth)
 
     def _tagged(self, kind: type[Any], value: Any, path: Path, depth: int) -> Json:
@@ -141,7 +144,7 @@ class _Encoder:
         return [self.encode(item, (path, index), depth + 1) for index, item in enumerate(values)]
 
     def _dictionary(self, value: dict[Any, Any], path: Path, depth: int) -> Json:
-        if all(type(key) is str for key in value) and not next(iter(value), "").startswith("$"):
+        if _TEXT.issuperset(map(type, value)) and not next(iter(value), "").startswith("$"):
             return {key: self.encode(item, (path, key), depth + 1) for key, item in value.items()}
         return {"$dict": self._pairs(value, path, depth)}
 
@@ -180,8 +183,6 @@ def _decode_numpy_scalar(dtype: str, content: str) -> Any:
 
 def _decode_tagged(tag: str, data: dict[str, Json], leaf: LeafDecoder | None) -> Any:
     content = data[tag]
-    if tag in _OPEN_TAGS:
-        return _told(tag, leaf, data)
     match tag, content:
         case "$int", str():
             return int(content, 16)

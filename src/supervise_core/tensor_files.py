@@ -23,7 +23,7 @@ from supervise_core.tensors import TensorSpec
 
 _PIECE: Final = 4 << 20
 _MOST_BUFFERS: Final = 512  # of one call; Linux allows 1024
-_READERS: Final = 4  # they wait for the disk, or copy from its cache: more than there are processors does no harm
+_READERS: Final = 2  # one copies while the other waits for the disk; more of them share the same caches, and are slower
 _AHEAD: Final = _READERS + 2
 _WORTH_THREADS: Final = 4 * _PIECE
 
@@ -103,8 +103,8 @@ class TensorFile:
     def _pieces(self, targets: Mapping[str, Target]) -> Iterator[_Piece]:
         at = len(self._header)
         piece = _Piece(at)
-        for spec, _ in self._ranges:
-            target, nbytes = targets.get(spec.name), spec.nbytes
+        for begin, end, spec in self._ranges:
+            target, nbytes = targets.get(spec.name), end - begin
             passing = memoryview(bytearray(nbytes)) if callable(target) else None
             is_apart = nbytes >= HASHED_APART
             done = 0

@@ -20,6 +20,9 @@ BITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 """Bits per element of the safetensors dtypes that we write: those that every reader of the format knows."""
 
+NOTHING_MORE: Final[Mapping[str, Json]] = MappingProxyType({})
+"""The ``extra`` of nearly all tensors."""
+
 T = TypeVar("T")
 
 Arrival = Callable[[Callable[[Sequence[Move]], object]], None]
@@ -49,18 +52,22 @@ class Stored(NamedTuple):
 
     ``extra`` (JSON) goes into ``state.json``: the dtype and shape of a tensor that safetensors has no dtype for, its
     memory layout, and the like.
+
+    ``address`` is where in main memory the tensor's own bytes lie, row-major and without a gap, free to be read and
+    written. None if they do not, or if nobody knows: then ``copy_out`` and ``copy_in`` are called.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    extra: Mapping[str, Json] = MappingProxyType({})
+    extra: Mapping[str, Json] = NOTHING_MORE
+    address: int | None = None
 
 
 class StoredTensor(NamedTuple):
     """One tensor of a checkpoint: how it lies in its file, and the codec's ``extra``."""
 
     spec: TensorSpec
-    extra: Mapping[str, Json] = MappingProxyType({})
+    extra: Mapping[str, Json] = NOTHING_MORE
 
 
 class TensorCodec(ABC, Generic[T]):
@@ -68,11 +75,11 @@ class TensorCodec(ABC, Generic[T]):
 
     @abstractmethod
     def recognises(self, value: Any) -> bool:
-        """Whether the value is a tensor of this framework. Asked at every node of the state, so it must be quick."""
+        """Whether the value is a tensor of this framework. The answer is the same for all values of its type."""
 
     @abstractmethod
     def describe(self, value: T) -> Stored:
-        """How the tensor is stored.
+        """How the tensor is stored, and where it lies. Asked of each tensor in every snapshot, so it must be quick.
 
         :raises TypeError: if it cannot be (object, sparse, quantized …); the message says why.
         """
@@ -98,15 +105,9 @@ class TensorCodec(ABC, Generic[T]):
     def copy_in(self, tensor: T, data: memoryview) -> None:
         """Give a tensor the values whose row-major bytes these are; the inverse of ``copy_out``."""
 
-    def address(self, value: T) -> int | None:
-        """Where in main memory the tensor's own bytes lie, row-major and without a gap, free to be read and written.
-
-        None if they do not, or if nobody knows: then ``copy_out`` and ``copy_in`` are called.
-        """
-        return None
-
     def is_writable(self, value: T) -> bool:
-        """Whether each of its elements can be given a value of its own. If not, a restore makes a new tensor."""
+        """Whether each element of a tensor that has no address can be given a value of its own. If not, a restore makes
+        a new tensor."""
         return True
 
     def identity(self, value: T) -> Hashable | None:

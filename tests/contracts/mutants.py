@@ -10,6 +10,7 @@ import numpy as np
 
 from supervise_core import Backend, IncompatibleCheckpointError, NotReady, Parts, Readiness, Ready, Snapshot, Staging
 from supervise_core.numpy_codec import NumpyCodec
+from supervise_core.tensors import Stored
 from supervise_core.testing.backend_contract import BackendContract, Program
 
 Arrays = dict[str, Any]
@@ -145,8 +146,8 @@ class _LateCodec(NumpyCodec):
     def copy_out(self, pairs: Any) -> Any:
         return lambda _: NumpyCodec.copy_out(self, pairs)
 
-    def address(self, value: Any) -> None:
-        return None
+    def describe(self, value: Any) -> Stored:
+        return super().describe(value)._replace(address=None)
 
 
 class TestAliasing(TestGood):

@@ -57,6 +57,8 @@ class PieceCodec(TensorCodec[Any]):
 
     def describe(self, value: Any) -> Stored:
         stored = self.arrays.describe(array_of(value))
+        if not self.has_addresses:
+            stored = stored._replace(address=None)
         if not isinstance(value, Piece) or value.array.shape == value.of:
             return stored
         return stored._replace(extra={**stored.extra, **boxed(value.of, value.at)})
@@ -72,9 +74,6 @@ class PieceCodec(TensorCodec[Any]):
 
     def identity(self, value: Any) -> int:
         return id(array_of(value))
-
-    def address(self, value: Any) -> int | None:
-        return self.arrays.address(array_of(value)) if self.has_addresses else None
 
 
 def array_of(value: Any) -> Array:

@@ -235,7 +235,9 @@ def syncs_by_place(replays: Iterable[Replay]) -> dict[str, list[Sync]]:
 def _note_syncs(replay: Replay, found: dict[str, list[Sync]]) -> None:
     def note(number: int, method: str, path: Path) -> bool:
         frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame.f_code.co_filename.endswith(("disk.py", "disks.py", "power_cuts.py")):
+        while frame is not None and frame.f_code.co_filename.endswith(
+            ("disk.py", "durable_files.py", "disks.py", "power_cuts.py")
+        ):
             frame = frame.f_back
         assert frame is not None
         if "supervise_tf" in frame.f_code.co_filename:

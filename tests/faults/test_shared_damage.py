@@ -396,7 +396,7 @@ def test_in_the_middle_of_a_large_file(
     tmp_path: Path, error: int, disk_class: type[FaultyDisk], gathered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file of more than one piece, from the memory it was copied into or gathered from where it lies."""
-    monkeypatch.setattr("supervise_core.disk._DIRECT_PIECE", 16 << 20)
+    monkeypatch.setattr("supervise_core.durable_files._DIRECT_PIECE", 16 << 20)
     state = {"a": np.arange(3e6), "b": np.arange(2e6)}
     staging = NoStaging() if gathered else Staging()
     staging.put("model", state)

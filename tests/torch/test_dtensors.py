@@ -61,12 +61,12 @@ def test_cuts_are_those_of_torch(data: Any) -> None:
 def test_a_piece_is_described_with_its_place(mesh: Any) -> None:
     codec = TorchCodec()
     described = codec.describe(piece(mesh, (5, 6), (2, 3), Shard(0), Shard(1)))
-    assert described == ("F32", (2, 3), {"box": {"of": [5, 6], "at": [3, 3]}})
+    assert described[:3] == ("F32", (2, 3), {"box": {"of": [5, 6], "at": [3, 3]}})
     described = codec.describe(piece(mesh, (5, 6), (2, 6), Replicate(), Shard(0)))
-    assert described == ("F32", (2, 6), {"box": {"of": [5, 6], "at": [3, 0]}})
+    assert described[:3] == ("F32", (2, 6), {"box": {"of": [5, 6], "at": [3, 0]}})
     described = codec.describe(piece(mesh, (1, 6), (0, 6), Replicate(), Shard(0)))
-    assert described == ("F32", (0, 6), {"box": {"of": [1, 6], "at": [1, 0]}})
-    assert codec.describe(piece(mesh, (5, 6), (5, 6), Replicate(), Replicate())) == ("F32", (5, 6), {})
+    assert described[:3] == ("F32", (0, 6), {"box": {"of": [1, 6], "at": [1, 0]}})
+    assert codec.describe(piece(mesh, (5, 6), (5, 6), Replicate(), Replicate()))[:3] == ("F32", (5, 6), {})
 
 
 def test_what_is_no_box_is_refused(mesh: Any) -> None:

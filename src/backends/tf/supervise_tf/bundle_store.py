@@ -26,7 +26,8 @@ import tensorflow as tf
 from supervise_core.checkpoint_format import CheckpointId, CheckpointReader, Draft
 from supervise_core.clock import Clock
 from supervise_core.directory_store import DirectoryStore
-from supervise_core.disk import Disk, remove_tree
+from supervise_core.disk import Disk
+from supervise_core.durable_files import remove_tree
 from supervise_core.errors import CheckpointDamagedError, CheckpointError
 from supervise_core.hashing import hash_of
 from supervise_core.host import Host

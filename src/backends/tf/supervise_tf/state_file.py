@@ -16,7 +16,8 @@ from typing import Any, Final
 import tensorflow as tf
 from google.protobuf import text_format
 
-from supervise_core.disk import Disk, write_file
+from supervise_core.disk import Disk
+from supervise_core.durable_files import write_file
 from supervise_core.hashing import hash_of
 
 STATE_FILE: Final = "checkpoint"

@@ -10,7 +10,7 @@ import torch
 
 from supervise_core.memory import Move, address_of
 from supervise_core.tagged_json import UNTOLD, Json, Untold
-from supervise_core.tensors import Arrival, Stored, StoredTensor, TensorCodec
+from supervise_core.tensors import NOTHING_MORE, Arrival, Stored, StoredTensor, TensorCodec
 from supervise_torch.dtensors import PLAIN_TYPES, describe_piece, is_dtensor, layout_of, own_of
 
 _DTYPES: Final = {
@@ -40,20 +40,21 @@ class TorchCodec(TensorCodec[torch.Tensor]):
 
     def describe(self, value: torch.Tensor) -> Stored:
         dtype = _DTYPES.get(value.dtype)
-        if dtype is not None and value.is_cpu and type(value) in PLAIN_TYPES and _is_plainly_contiguous(value):
-            return Stored(dtype, tuple(value.shape))  # nearly all of them, and this is done for each in every snapshot
+        if dtype is not None and type(value) in PLAIN_TYPES and (address := _address_of(value)) is not None:
+            return Stored(dtype, tuple(value.shape), NOTHING_MORE, address)  # nearly all of them
         if is_dtensor(value):
             stored = self.describe(own_of(value))
             return stored._replace(extra={**stored.extra, **describe_piece(value)})
         _check_dense(value)
+        address = _address_of(value)
         extra: dict[str, Json] = {}
         if value.numel() and not value.is_contiguous() and _is_permuted(value):
             extra["strides"] = list(value.stride())
         if dtype is not None:
-            return Stored(dtype, tuple(value.shape), extra)
+            return Stored(dtype, tuple(value.shape), extra, address)
         nbytes = value.numel() * value.element_size()
         named = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
-        return Stored("U8", (nbytes,), named | extra)
+        return Stored("U8", (nbytes,), named | extra, address)
 
     def copy_out(self, pairs: Sequence[tuple[torch.Tensor, memoryview]]) -> Arrival | None:
         on_cuda: dict[torch.device, list[tuple[torch.Tensor, memoryview]]] = {}
@@ -91,16 +92,8 @@ class TorchCodec(TensorCodec[torch.Tensor]):
         with torch.no_grad():
             _copyable(tensor).copy_(_copyable(values))
 
-    def address(self, value: torch.Tensor) -> int | None:
-        value = own_of(value)
-        if not value.is_cpu or not _is_plainly_contiguous(value) or value.is_conj() or value.is_neg():
-            return None
-        return value.data_ptr()
-
     def is_writable(self, value: torch.Tensor) -> bool:
         value = own_of(value)
-        if value.layout is torch.strided and value.is_contiguous():
-            return True
         return all(stride for stride, side in zip(value.stride(), value.shape, strict=True) if side > 1)
 
     def dtype_and_shape(self, stored: StoredTensor) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -200,8 +193,11 @@ def _check_dense(value: torch.Tensor) -> None:
         raise TypeError(f"tensors on {value.device} are not kept; move them to the CPU")
 
 
-def _is_plainly_contiguous(value: torch.Tensor) -> bool:
-    return value.layout is torch.strided and not value.is_nested and value.is_contiguous()
+def _address_of(value: torch.Tensor) -> int | None:
+    """Where the elements of a tensor lie, row-major and as they are, in main memory."""
+    if not value.is_cpu or value.layout is not torch.strided or value.is_nested or not value.is_contiguous():
+        return None
+    return None if value.is_neg() or value.is_conj() else value.data_ptr()
 
 
 def _is_permuted(value: torch.Tensor) -> bool:
