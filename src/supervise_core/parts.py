@@ -108,11 +108,10 @@ class Part:
 
     def check(self) -> None:
         """:raises ValueError: if the state was not made by this format, or names tensors that are not there."""
-        tensors = self.tensors
 
         def leaf(tag: str, content: Json) -> None:
-            if tag in _TAGS and (type(content[tag]) is not str or content[tag] not in tensors):
-                self.stored(tag, content)  # says what is wrong
+            if tag in _TAGS:
+                self.spec_of(content[tag])
 
         decode(self.state, leaf)
 
@@ -122,7 +121,7 @@ class Part:
 
         def leaf(tag: str, content: Json) -> Any | Untold:
             if tag in _TAGS:
-                found.append(self.stored(tag, content))
+                found.append(StoredTensor(self.spec_of(content[tag]), _extra_of(tag, content)))
             return None
 
         decode(self.state, leaf)
@@ -149,18 +148,20 @@ class Part:
         empty = {name: (spec, memoryview(b"")) for name, spec in self.tensors.items() if not spec.nbytes}
         return Part.of(self.name, self.state, contents | empty)
 
-    def stored(self, tag: str, leaf: dict[str, Json]) -> StoredTensor:
-        """The tensor that a tagged object of the state names.
+    def spec_of(self, name: Json) -> TensorSpec:
+        """The tensor that the state names.
 
         :raises ValueError: if it is not there.
         """
-        name = leaf[tag]
         spec = self.tensors.get(name) if type(name) is str else None
         if spec is None:
             raise ValueError(f"the state of part {self.name!r} names the tensor {name!r}, which is not there")
-        if len(leaf) == 1:
-            return StoredTensor(spec, NOTHING_MORE)
-        return StoredTensor(spec, {key: value for key, value in leaf.items() if key != tag})
+        return spec
+
+
+def _extra_of(tag: str, leaf: dict[str, Json]) -> Mapping[str, Json]:
+    """What a tagged object of the state says of its tensor besides its name."""
+    return NOTHING_MORE if len(leaf) == 1 else {key: value for key, value in leaf.items() if key != tag}
 
 
 class _Making:
@@ -184,7 +185,8 @@ class _Making:
             return self._codecs[TENSOR].decode_constant(tag, content)
         name = content[tag]
         if name not in self._made:
-            self._made[name] = self._make(tag if tag in self._codecs else TENSOR, *self.part.stored(tag, content))
+            spec, extra = self.part.spec_of(name), _extra_of(tag, content)
+            self._made[name] = self._make(tag if tag in self._codecs else TENSOR, spec, extra)
         return self._made[name]
 
     def _make(self, tag: str, spec: TensorSpec, extra: Mapping[str, Json]) -> Any:
