@@ -164,7 +164,7 @@ class _Files:
         if single not in self._records:
             return {}, partial(self._read, {}, {})
         file = self._file(single)
-        return file.tensors, partial(self._read, {single: file}, dict.fromkeys(file.tensors, single))
+        return file.tensors, partial(self._read_whole, file)
 
     def verify(self, again: bool) -> None:
         """Verify the files that were not read yet, or all of them."""
@@ -192,8 +192,11 @@ class _Files:
         for name, target in targets.items():
             wanted[places[name]][name] = target
         for file, opened in files.items():
-            opened.read(wanted[file])
-            self._verified.add(opened.file)
+            self._read_whole(opened, wanted[file])
+
+    def _read_whole(self, file: TensorFile, targets: Mapping[str, Target]) -> None:
+        file.read(targets)
+        self._verified.add(file.file)
 
     def _file(self, file: str) -> TensorFile:
         if file not in self._records:

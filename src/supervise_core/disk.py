@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 from weakref import finalize
@@ -36,6 +37,8 @@ _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
 
+_NBYTES: Final = attrgetter("nbytes")
+_LOWEST_BIT: Final = bytes(value & 1 for value in range(256))
 _NOTHING: Final = ctypes.c_char * 0
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _mmap, _munmap, _mincore = _libc.mmap, _libc.munmap, _libc.mincore
@@ -235,19 +238,15 @@ class OpenDirectory:
         if not self._finalizer.alive:
             raise ValueError(f"{self.path.name} was closed; what is wanted of it is read while it is open")
         left, done = list(buffers), 0
-        while left:
-            count = self._read_some(name, at + done, left)
-            if not count:
-                break
+        wanted = sum(map(_NBYTES, left))
+        while done < wanted and (count := self._read_some(name, at + done, left, wanted - done)):
             done += count
-            while left and count >= left[0].nbytes:
-                count -= left.pop(0).nbytes
-            if left:
-                left[0] = left[0][count:]
+            if done < wanted:
+                _take_off(left, count)
         return done
 
-    def _read_some(self, name: str, at: int, buffers: list[memoryview]) -> int:
-        descriptor, wanted = self.files[name], sum(buffer.nbytes for buffer in buffers)
+    def _read_some(self, name: str, at: int, buffers: Sequence[memoryview], wanted: int) -> int:
+        descriptor = self.files[name]
         if wanted >= _WORTH_DIRECT and not _is_cached(descriptor, at, wanted):
             direct = self._direct(name)
             if direct is not None:
@@ -319,7 +318,15 @@ def _is_cached(descriptor: int, at: int, nbytes: int) -> bool:
     resident = (ctypes.c_ubyte * pages)()
     known = _mincore(mapped, length, resident) == 0
     _munmap(mapped, length)
-    return not known or 2 * sum(page & 1 for page in bytes(resident)) >= pages
+    return not known or 2 * bytes(resident).translate(_LOWEST_BIT).count(1) >= pages
+
+
+def _take_off(buffers: list[memoryview], nbytes: int) -> None:
+    """Leave of the buffers only what is not filled yet."""
+    while buffers and nbytes >= buffers[0].nbytes:
+        nbytes -= buffers.pop(0).nbytes
+    if buffers:
+        buffers[0] = buffers[0][nbytes:]
 
 
 def _read_direct(descriptor: int, at: int, buffers: Sequence[memoryview], wanted: int) -> int:

@@ -103,7 +103,7 @@ class Part:
         """Whether boxes of larger tensors were saved as exactly those that are here; so it is where there are none."""
         stored_here = [] if self.ranks is None else self.stored_tensors()
         saved = {stored.spec.name: stored for stored in stored_here if is_boxed(stored)}
-        boxes_here = {name: tensor.stored for name, tensor in here.items() if is_boxed(tensor.stored)}
+        boxes_here = {name: tensor.stored for name, tensor in here.items() if tensor.extra and is_boxed(tensor.stored)}
         return saved == boxes_here if saved else not boxes_here
 
     def check(self) -> None:

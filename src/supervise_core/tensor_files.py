@@ -49,15 +49,13 @@ class TensorFile:
         except ValueError as error:
             raise CheckpointDamagedError(reader.name, f"{file}: {error}") from error
 
+        self.tensors: Mapping[str, TensorSpec] = {each.spec.name: each.spec for each in self._ranges}
+        """What it says that it holds."""
+
     @property
     def file(self) -> str:
         """Its name."""
         return self._file
-
-    @property
-    def tensors(self) -> dict[str, TensorSpec]:
-        """What it says that it holds."""
-        return {each.spec.name: each.spec for each in self._ranges}
 
     def read(self, targets: Mapping[str, Target]) -> None:
         """Read the tensors that are wanted to where they belong, and verify the whole file.
@@ -101,36 +99,41 @@ class TensorFile:
                     future.cancel()
 
     def _pieces(self, targets: Mapping[str, Target]) -> Iterator[_Piece]:
-        at = len(self._header)
-        piece = _Piece(at)
+        """In the order of the file. What is cut is only what does not fit: there may be very many small tensors."""
+        piece = _Piece(len(self._header))
         for begin, end, spec in self._ranges:
+            if piece.is_full():
+                yield piece
+                piece = piece.next()
             target, nbytes = targets.get(spec.name), end - begin
-            passing = memoryview(bytearray(nbytes)) if callable(target) else None
-            is_apart = nbytes >= HASHED_APART
+            if nbytes < HASHED_APART and nbytes <= _PIECE - piece.nbytes:
+                if nbytes:
+                    piece.add(_buffer_for(target, nbytes), nbytes)
+                    piece.end(target, piece.buffers[-1])
+                continue
+            whole = None if target is None else _buffer_for(target, nbytes)
             done = 0
             while done < nbytes:
-                count = min(nbytes - done, _PIECE - piece.nbytes)
-                if is_apart:
-                    piece.apart[len(piece.buffers)] = done + count == nbytes
-                if passing is not None:
-                    piece.add(passing[done : done + count], count)
-                elif isinstance(target, int):
-                    piece.add(view_at(target + done, count), count)
-                else:
-                    piece.add(memoryview(bytearray(count)), count)
-                done += count
-                if done == nbytes and passing is not None and callable(target):
-                    piece.ended.append((target, passing))
-                if piece.nbytes >= _PIECE or len(piece.buffers) >= _MOST_BUFFERS:
+                if piece.is_full():
                     yield piece
-                    at += piece.nbytes
-                    piece = _Piece(at)
+                    piece = piece.next()
+                count = min(nbytes - done, _PIECE - piece.nbytes)
+                if nbytes >= HASHED_APART:
+                    piece.apart[len(piece.buffers)] = done + count == nbytes
+                piece.add(_buffer_for(None, count) if whole is None else whole[done : done + count], count)
+                done += count
+            piece.end(target, whole)
         if piece.buffers:
             yield piece
 
     def _fill(self, piece: _Piece) -> None:
         if self._reader.read_into(self._file, piece.at, piece.buffers) != piece.nbytes:
             raise CheckpointDamagedError(self._reader.name, f"{self._file} was cut off while it was read")
+
+
+def _buffer_for(target: Target | None, nbytes: int) -> memoryview:
+    """Where a tensor is read to; memory of its own if that is not known by an address."""
+    return view_at(target, nbytes) if isinstance(target, int) else memoryview(bytearray(nbytes))
 
 
 def _take_first(waiting: deque[tuple[_Piece, Future[None]]], digest: TensorFileHash) -> None:
@@ -155,6 +158,17 @@ class _Piece:
     def add(self, buffer: memoryview, nbytes: int) -> None:
         self.buffers.append(buffer)
         self.nbytes += nbytes
+
+    def end(self, target: Target | None, content: memoryview | None) -> None:
+        """A tensor ends in this piece; it is handed over once all of it is there and hashed."""
+        if callable(target) and content is not None:
+            self.ended.append((target, content))
+
+    def is_full(self) -> bool:
+        return self.nbytes >= _PIECE or len(self.buffers) >= _MOST_BUFFERS
+
+    def next(self) -> _Piece:
+        return _Piece(self.at + self.nbytes)
 
     def hash_into(self, digest: TensorFileHash) -> None:
         for number, buffer in enumerate(self.buffers):
