@@ -13,6 +13,7 @@ from benchmarks.figures import Figures, Setting, in_random_order, steadily
 from benchmarks.saving_limits import Limits
 from benchmarks.saving_ours import Supervised
 from benchmarks.saving_state import State
+from supervise_core.host import available_memory
 
 _PER_BYTE = 1.25
 _PER_TENSOR_MICROSECONDS = 20.0
@@ -35,7 +36,7 @@ def _by_bytes(setting: Setting) -> None:
     found: dict[int, Figures] = {}
     for mib in sorted({max(1, round(setting.nbytes * times) >> 20) for times in (1 / 16, 1 / 4, 1, 4)}):
         nbytes = mib << 20
-        if _COPIES * nbytes > _available():
+        if _COPIES * nbytes > available_memory():
             report.say(f"   {mib} MiB left out: there is no memory for {_COPIES:g} times that")
             continue
         measure = partial(_measure, setting, {"": partial(State.like_gpt, nbytes)})
@@ -117,11 +118,3 @@ def _save(state: State, kept: State, run: Supervised, kind: str, figures: Figure
     run.check(kept)
     figures.add(f"stall{kind}", saved.stall)
     figures.add(f"durable{kind}", saved.durable)
-
-
-def _available() -> int:
-    """Bytes of memory that nobody needs."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise LookupError("MemAvailable")

@@ -15,6 +15,7 @@ from benchmarks.saving_state import State
 
 _STEP_SECONDS = 0.02
 _AFTER = 3
+_PLAIN_STEPS = 40
 
 
 class Loop:
@@ -53,14 +54,16 @@ def time_lost(
 ) -> float:
     """Seconds that the loop takes longer with a save than without.
 
-    ``begin`` is what the loop waits for; then it goes on until the save is done, and a few steps more. As many steps
-    without a save are made before or after that, as chance has it. ``each`` is called in each step of both. ``fork``: a
-    child is there all the while, as data workers are, and both are measured with one.
+    ``begin`` is what the loop waits for; then it goes on until the save is done, and a few steps more. Steps without a
+    save are made before or after that, as chance has it. ``each`` is called in each step of both. ``fork``: a child is
+    there all the while, as data workers are, and both are measured with one. The first step after a fork copies the
+    memory that it changes, so it counts as what it is: once.
     """
-    plain = 0.0
-    if random.random() < 0.5:
+    first = other = 0.0
+    is_plain_first = random.random() < 0.5
+    if is_plain_first:
         with _child(fork):
-            plain = _plain(loop, each, 15)
+            first, other = _plain(loop, each)
     with _child(fork):
         began, steps = time.perf_counter(), 0
         begin()
@@ -71,19 +74,21 @@ def time_lost(
             steps += 1
             left -= is_done()
         taken = time.perf_counter() - began
-    if not plain:
+    if not is_plain_first:
         with _child(fork):
-            plain = _plain(loop, each, max(15, steps))
-    return taken - steps * plain
+            first, other = _plain(loop, each)
+    return taken - first - (steps - 1) * other
 
 
-def _plain(loop: Loop, each: Callable[[], object], steps: int) -> float:
-    """Seconds per step."""
-    began = time.perf_counter()
-    for _ in range(steps):
+def _plain(loop: Loop, each: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the first step, and of each other one."""
+    times: list[float] = []
+    for _ in range(_PLAIN_STEPS):
+        began = time.perf_counter()
         loop.step()
         each()
-    return (time.perf_counter() - began) / steps
+        times.append(time.perf_counter() - began)
+    return times[0], sum(times[1:]) / (len(times) - 1)
 
 
 @contextmanager

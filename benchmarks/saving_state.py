@@ -66,10 +66,11 @@ class Tensors(torch.nn.Module):
 
 
 class Adding(torch.optim.AdamW):
-    """AdamW by its state (two moments and a count per parameter), but a step adds one unit."""
+    """AdamW by its state (two moments and a count per parameter). There are no gradients, and a step adds one unit."""
 
     def __init__(self, parameters: Any, moments: bool) -> None:
         super().__init__(parameters)
+        self.register_step_post_hook(lambda *_: self._add())
         self._moments = moments
         self.frozen: frozenset[int] = frozenset()
         """Numbers of the parameters that no step changes."""
@@ -79,7 +80,7 @@ class Adding(torch.optim.AdamW):
         self._ends: list[torch.Tensor] = []
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def _add(self) -> None:
         """Add one unit to everything, or to the ends."""
         if not self._everything:
             self._begin()
@@ -130,7 +131,7 @@ class State:
     @classmethod
     def of_tensors(cls, count: int, nbytes: int) -> State:
         """So many bytes in so many tensors of equal size, and an optimizer without a state."""
-        return cls(Tensors(count, nbytes), False)
+        return cls(Tensors(count, nbytes).requires_grad_(False), False)
 
     def twin(self) -> State:
         """Another one of the same shapes, the optimizer's state with it, every page of it there already."""

@@ -14,7 +14,7 @@ from supervise_core.process_random import RandomState, process_random_state, see
 from supervise_core.readiness import Readiness, Ready
 from supervise_core.services import Service
 from supervise_core.snapshot import Snapshot
-from supervise_core.staging import Staging
+from supervise_core.staging import Outline, Staging
 from supervise_core.tensors import TensorCodec
 
 SessionT = TypeVar("SessionT")
@@ -44,9 +44,9 @@ class Backend(ABC, Generic[SessionT]):
     step boundary is saved all the same, and the checkpoint is marked as one that may mix two steps."""
 
     grows_at_first_step: ClassVar[bool] = False
-    """Whether the state has more tensors after the first step than before it. Then memory for them is had right after
-    that step, beside the loop, and the first save of them is as quick as the later ones. ``snapshot`` is called once
-    more for it, without copying anything."""
+    """Whether the state has more tensors after the first step than before it. Then memory for them is had beside the
+    loop, before that step as far as ``foresee`` knows of them, or right after it, and the first save of them is as
+    quick as the later ones. ``snapshot`` is called once more for it, without copying anything."""
 
     codec: ClassVar[TensorCodec[Any]] = NumpyCodec()
     """How this framework's tensors become bytes; also makes the tensors that ``CheckpointDirectory`` hands out."""
@@ -155,6 +155,11 @@ class Backend(ABC, Generic[SessionT]):
     def opening_events(self, session: SessionT) -> Iterable[bytes]:
         """Serialized ``Event`` messages that each event file begins with; a graph, say."""
         return ()
+
+    def foresee(self, session: SessionT, outline: Outline) -> None:
+        """Put into ``outline`` the parts that the first step will make larger, as they will be then; see
+        ``grows_at_first_step``. Only names, shapes and dtypes count. Wrong guesses cost memory until that step."""
+        return None
 
     def watch_steps(self, session: SessionT, notify: Callable[[int], None]) -> Callable[[], None] | None:
         """Call ``notify(step)`` on the training thread after each step, until the function returned here is called.

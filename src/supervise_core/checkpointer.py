@@ -70,7 +70,9 @@ class Checkpointer:
         self.agree: Callable[[], bool] | None = None
         """See ``Appointment``."""
         self._appointment: Appointment | None = None
-        self._queue: queue.SimpleQueue[Handover | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Handover | Callable[[], None] | None] = queue.SimpleQueue()
+        self._left_to_do = 0
+        self._counting = threading.Lock()
         self._idle = threading.Event()
         self._idle.set()
         self._wanted = False
@@ -132,6 +134,11 @@ class Checkpointer:
     def metrics_ranked(self) -> frozenset[str]:
         """The metrics that decide which checkpoints are kept."""
         return self._keep.metrics()
+
+    def prepare(self, make_memory: Callable[[], None]) -> None:
+        """Have the writer make memory for snapshots to come. Saves wait for that as for one that is being written."""
+        if self._broken is None:
+            self._enqueue(make_memory)
 
     def check(self, step: int) -> None:
         """Take a snapshot for nothing: what cannot be kept is found now, and the staging memory is there.
@@ -237,8 +244,19 @@ class Checkpointer:
         if self._broken is not None:
             self._final_error = self._broken  # nobody is there to write it
             return
-        self._idle.clear()
-        self._queue.put(handover)
+        self._enqueue(handover)
+
+    def _enqueue(self, job: Handover | Callable[[], None]) -> None:
+        with self._counting:
+            self._left_to_do += 1
+            self._idle.clear()
+        self._queue.put(job)
+
+    def _one_is_done(self) -> None:
+        with self._counting:
+            self._left_to_do -= 1
+            if not self._left_to_do:
+                self._idle.set()
 
     def _await_live(self, pending: PendingSave) -> None:
         if pending.snapshot.is_live:
@@ -249,22 +267,25 @@ class Checkpointer:
         began = self._clock.monotonic()
         while not self._clock.wait(self._idle, 10):
             waited = self._clock.monotonic() - began
-            _log.warning("still writing a checkpoint to %s, for %.0f s", self._store.location, waited)
+            _log.warning("still waiting for the writer of checkpoints in %s, for %.0f s", self._store.location, waited)
 
     # ---- the writer's thread
 
     def _write_until_told(self) -> None:
-        while (handover := self._queue.get()) is not None:
+        while (job := self._queue.get()) is not None:
             try:
-                self._write(handover)
+                if isinstance(job, Handover):
+                    self._write(job)
+                else:
+                    job()
             except BaseException as error:
                 self._broken = error
                 self._coordinator.request_stop(error, source="service 'checkpoints'")
                 return
             finally:
-                del handover
-                self._idle.set()
-                if self._wanted and self._appointment is not None:
+                del job
+                self._one_is_done()
+                if self._wanted and not self.is_busy and self._appointment is not None:
                     self._wanted = False
                     self._appointment.request()
 

@@ -79,3 +79,12 @@ def end_process(status: int) -> None:
         if stream is not None:
             stream.flush()
     os._exit(status)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that programs can still have; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -27,7 +27,7 @@ from supervise_core.services import Service, ServiceContext
 from supervise_core.signals import StopSignals, exception_of, exit_status_of
 from supervise_core.standard_services import CheckpointService, StepRateService, SummaryService
 from supervise_core.summaries import EventSink, read_value
-from supervise_core.triggers import AtSteps, StepsOnly, Trigger
+from supervise_core.triggers import StepsOnly, Trigger
 
 _log = logging.getLogger(__name__)
 
@@ -222,14 +222,13 @@ class Run(Generic[SessionT]):
         if self.saver is not None:
             beside = self.saver.save_beside if plan.backend.saves_beside_the_loop else None
             self._start(CheckpointService(self.saver.checkpointer, plan.save_every, beside))
-            if plan.backend.grows_at_first_step:
-                saver = self.saver
-                self.boundary.appoint("memory for checkpoints", AtSteps(step + 1), lambda _: saver.prepare())
             is_new = content is None or self.report.restored not in self._own_checkpoints()
             if self._opened or (is_new and self.saver.is_shared_out):
                 self.saver.checkpointer.request()  # the loop may be within a step; or the others have no state yet
             elif is_new:
                 self.saver.checkpointer.save(step, wait=True)
+            if plan.backend.grows_at_first_step:
+                self.saver.prepare_for_first_step(step)
         return [thread for thread in threading.enumerate() if thread not in before]
 
     def _start_adding_shares(self, saver: RunSaver) -> None:

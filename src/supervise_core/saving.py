@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import platform
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from supervise_core.data_loop import DataLoop
 from supervise_core.errors import SessionStateError, UnsupportedStateError
 from supervise_core.gathering import AddingShares, Gathering, ShareGathering
 from supervise_core.handover import PendingSave
+from supervise_core.host import available_memory
 from supervise_core.meeting import Meeting
 from supervise_core.pages import Announcement
 from supervise_core.plan import Plan
@@ -26,8 +27,12 @@ from supervise_core.snapshot import Snapshot
 from supervise_core.staging import Arrived, Outline, Staging
 from supervise_core.summaries import EventSink
 from supervise_core.tagged_json import encode
+from supervise_core.triggers import AtSteps
 
 _log = logging.getLogger(__name__)
+
+_WORTH_PREPARING: Final = 32 << 20
+"""Bytes of memory: less than that is found within the first save."""
 
 _VERSIONED: Final = ("supervise-core", "numpy", "torch", "tensorflow")
 
@@ -189,17 +194,20 @@ class RunSaver:
                 "the others; pass a membership= that is synchronous",
             )
 
-    def prepare(self) -> None:
-        """Have memory for the state as it is now, made by a thread beside the loop: the next save finds it there."""
+    def prepare_for_first_step(self, step: int) -> None:
+        """Have memory for what the first step adds to the state: as far as it is foreseen, and once it is there."""
+        if self._snapshot == self._plan.backend.snapshot:
+            self._prepare(self._plan.backend.foresee, most=available_memory() // 2)
+        self._boundary.appoint("memory for checkpoints", AtSteps(step + 1), lambda _: self._prepare(self._snapshot))
+
+    def _prepare(self, put: Callable[[Any, Outline], object], most: float = math.inf) -> None:
+        """Have memory for the state as ``put`` says that it is, made by the writer: the next save finds it there."""
+        staging = self._plan.staging
         outline = Outline()
-        outline.keeps_shared_parts = self._plan.staging.keeps_shared_parts
-        self._snapshot(self._session, outline)
-
-        def reserve() -> None:
-            with self._coordinator.stop_on_exception("the memory for checkpoints"):
-                self._plan.staging.reserve(outline)
-
-        threading.Thread(target=reserve, name="supervise-core memory", daemon=True).start()
+        outline.keeps_shared_parts = staging.keeps_shared_parts
+        put(self._session, outline)
+        if _WORTH_PREPARING <= staging.lacks(outline) <= most:
+            self.checkpointer.prepare(lambda: staging.reserve(outline))
 
     def save_beside(self) -> None:
         """Save without a boundary; on the timer's thread, while training runs."""

@@ -120,6 +120,14 @@ class Staging:
         for part, specs in outline.forms.items():
             self._kept_for(part, specs)
 
+    def lacks(self, outline: Outline) -> int:
+        """How many bytes of memory are not there yet for state of this form."""
+        return sum(
+            sum(spec.nbytes for spec in specs)
+            for part, specs in outline.forms.items()
+            if part not in self._kept or self._kept[part].specs != specs
+        )
+
     def _begin_in_this_process(self) -> None:
         """A forked child finds the memory empty, and the lock perhaps held by a thread that it does not have."""
         self._process = os.getpid()
@@ -182,6 +190,9 @@ class NoStaging(Staging):
     """No memory at all: tensors are written from where they are, while the training thread waits."""
 
     _is_live = True
+
+    def lacks(self, outline: Outline) -> int:
+        return 0
 
     def reserve(self, outline: Outline) -> None:
         """There is nothing to be had."""

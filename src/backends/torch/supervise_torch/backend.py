@@ -15,11 +15,12 @@ from supervise_core.parts import Part, Parts, Restoration, read_together
 from supervise_core.process_random import RandomState
 from supervise_core.readiness import NotReady, Readiness, Ready
 from supervise_core.snapshot import Snapshot, check_part_name
-from supervise_core.staging import Staging
+from supervise_core.staging import Outline, Staging
 from supervise_core.tensors import TensorCodec
 from supervise_torch.codec import OutlineCodec, TorchCodec
 from supervise_torch.compatibility import check_module, check_optimizer, check_parts
 from supervise_torch.dtensors import are_dtensors_used, is_dtensor, is_shared_out, shards_of_state
+from supervise_torch.foreseen import foreseen_state
 from supervise_torch.in_place import is_all_there, load_into, parameters_of, present, tensors_in
 from supervise_torch.loader import LoaderSource
 from supervise_torch.random_state import seed_everything, set_torch_random_state, torch_random_state
@@ -178,6 +179,11 @@ class TorchBackend(Backend[TorchSession]):
             }
         staging.put(_OWN_PART, own, self.codec, per_rank=True)
         return staging.snapshot()
+
+    def foresee(self, session: TorchSession, outline: Outline) -> None:
+        for name, part in self._parts.items():
+            if isinstance(part, torch.optim.Optimizer) and (state := foreseen_state(part)) is not None:
+                outline.put(name, state, OutlineCodec())
 
     def load(self, session: TorchSession, parts: Parts) -> None:
         check_parts([*self._parts, _OWN_PART], parts)

@@ -169,7 +169,13 @@ class TorchCodec(TensorCodec[torch.Tensor]):
 
 
 class OutlineCodec(TorchCodec):
-    """Makes tensors that have no memory, to learn what was saved."""
+    """Knows and makes tensors that have no memory, to learn what was saved, or what will be."""
+
+    def describe(self, value: torch.Tensor) -> Stored:
+        if not value.is_meta:
+            return super().describe(value)
+        dtype = _DTYPES.get(value.dtype)
+        return Stored("U8", (value.nbytes,)) if dtype is None else Stored(dtype, tuple(value.shape))
 
     def empty(self, stored: StoredTensor) -> torch.Tensor:
         return torch.empty(self.dtype_and_shape(stored)[1], dtype=self.dtype_and_shape(stored)[0], device="meta")
