@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -41,6 +42,7 @@ def speed(setting: Setting) -> None:
         for fork in ("", ", forks"):
             name = f"lost, {loop.name}{fork}"
             report.ratio("1", name, figures, name, ["memcpy", "xxh3"], _LOST)
+        report.seconds(figures, f"lost to a bare direct write, {loop.name}")
     report.ratio("2", "durable, hashed and committed", figures, "durable", ["direct write"], _DURABLE)
     report.ratio("3", "restore, verified, warm", figures, "warm restore", ["warm read"], _WARM)
     report.ratio("3", "restore, verified, cold", figures, "cold restore", ["cold read"], _COLD)
@@ -98,6 +100,7 @@ class _Speed:
                 "first": lambda: self._first_save(figures),
             }
             for loop in self.loops:
+                subjects[f"{loop.name}, bare write"] = partial(self._write_beside, loop, figures)
                 for fork in (False, True):
                     subjects[f"{loop.name} {fork}"] = partial(self._train, run, loop, fork, figures)
             for peer in self.peers:
@@ -131,6 +134,13 @@ class _Speed:
         run.settle()
         run.check(self._kept)
         figures.add(f"lost, {loop.name}{', forks' if fork else ''}", lost)
+
+    def _write_beside(self, loop: Loop, figures: Figures) -> None:
+        """What of a save no tool can keep from the loop, where the disk takes from the memory that the loop needs."""
+        thread = threading.Thread(target=self._limits.write)
+        lost = time_lost(loop, thread.start, lambda: not thread.is_alive(), lambda: None)
+        thread.join()
+        figures.add(f"lost to a bare direct write, {loop.name}", lost)
 
     def _first_save(self, figures: Figures) -> None:
         """All that a new loop waits for, from its first step through its first save, half a second later."""
