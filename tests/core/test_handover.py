@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.one_step_each import assert_one_step_each
 from supervise_core import (
     CheckpointDirectory,
     DirectoryStore,
@@ -86,8 +87,15 @@ class Run:
         """How often something was written into a file of that name."""
         return sum(method == "write" and path.name == file for method, path in self.disk.calls)
 
-    def check(self, steps: list[int]) -> None:
-        check(self.logdir, steps)
+    def at_the_first_part(self, then: Callable[[], object] = lambda: None) -> None:
+        """Once the first part is copied, wait until it is being written, and go on with this."""
+
+        def between() -> None:
+            eventually(lambda: self.written("first.safetensors") > 1)
+            then()
+
+        self.backend.first["frozen"] += 1  # nothing to share: the part is one file, which lies ready
+        self.backend.between = between
 
 
 class HastyWatchedDisk(WatchedDisk, DirectDisk, HastyDisk):
@@ -107,35 +115,19 @@ class HastyCachedDisk(CachedDisk, HastyDisk):
 
 
 def check(logdir: Path, steps: list[int]) -> None:
-    """What is listed is whole and of one step each, and nothing is left lying about."""
-    checkpoints = CheckpointDirectory(logdir)
-    assert checkpoints.steps() == steps
-    for step in steps:
-        saved = checkpoints.at(step)
-        saved.verify()
-        assert set(np.unique(saved.load("first")["trained"])) == {step}
-        assert set(np.unique(saved.load("model")["w"])) == {step}
-    assert list((logdir / ".work").glob("*/draft-*")) == []
+    assert_one_step_each(logdir, steps, first=["trained"], model=["w"])
 
 
 def test_a_part_is_written_while_the_next_one_is_being_copied(tmp_path: Path) -> None:
     run = Run(tmp_path, HastyWatchedDisk())
     with run.sv.managed_session() as session:
         eventually(lambda: run.sv.report.saves)
-        before = run.written("first-00002-of-00002.safetensors")
         names: list[str] = []
-
-        def between() -> None:
-            eventually(lambda: run.written("first.safetensors") > 1)
-            names.extend(path.name for method, path in run.disk.calls if method == "write")
-
-        run.backend.first["frozen"] += 1  # nothing to share: the part is one file, which lies ready
-        run.backend.between = between
+        run.at_the_first_part(lambda: names.extend(path.name for method, path in run.disk.calls if method == "write"))
         run.save(session)
         run.backend.between = lambda: None
-        assert before == 0
         assert names.count("model.safetensors") == 1, "the second part was not written before it was there"
-    run.check([0, 1])
+    check(tmp_path, [0, 1])
 
 
 def test_what_is_shared_is_linked_early_and_the_rest_is_put_together_later(tmp_path: Path) -> None:
@@ -148,7 +140,7 @@ def test_what_is_shared_is_linked_early_and_the_rest_is_put_together_later(tmp_p
         assert run.written("first-00002-of-00002.safetensors") == 1
     newest = CheckpointDirectory(tmp_path).at(1).path
     assert (newest / "first-00001-of-00002.safetensors").stat().st_nlink == 2
-    run.check([0, 1])
+    check(tmp_path, [0, 1])
 
 
 class Early:
@@ -249,42 +241,38 @@ def test_where_a_write_may_be_one_more_copy_nothing_is_written_early(tmp_path: P
 def test_a_snapshot_that_cannot_be_taken_leaves_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, HastyWatchedDisk())
 
-    def between() -> None:
-        eventually(lambda: run.written("first.safetensors") > 1)
+    def fail() -> None:
         raise UnsupportedStateError("model: w", "it is not there any more")
 
     def train() -> None:
         with run.sv.managed_session() as session:
             eventually(lambda: run.sv.report.saves)
-            run.backend.first["frozen"] += 1
-            run.backend.between = between
+            run.at_the_first_part(fail)
             run.backend.step(session)
             run.sv.save()
             assert run.sv.should_stop()
 
     with pytest.raises(UnsupportedStateError):
         train()
-    run.check([0])
+    check(tmp_path, [0])
 
 
 def test_ctrl_c_while_a_part_is_copied_leaves_nothing_and_the_next_save_is_whole(tmp_path: Path) -> None:
     run = Run(tmp_path, HastyWatchedDisk())
 
-    def between() -> None:
-        eventually(lambda: run.written("first.safetensors") > 1)
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
     with run.sv.managed_session() as session:
         eventually(lambda: run.sv.report.saves)
-        run.backend.first["frozen"] += 1
-        run.backend.between = between
+        run.at_the_first_part(interrupt)
         run.backend.step(session)
         run.sv.save()
         with pytest.raises(KeyboardInterrupt):
             run.sv.should_stop()
         run.backend.between = lambda: None
         run.save(session)
-    run.check([0, 2])
+    check(tmp_path, [0, 2])
 
 
 @pytest.mark.parametrize("method", ["make_directory", "create", "allocate", "write", "truncate", "link"])
@@ -308,7 +296,7 @@ def test_a_disk_that_fails_early_costs_that_one_save(tmp_path: Path, method: str
         assert list((tmp_path / ".work").glob("*/draft-*")) == []
         run.clock.advance(6)
         run.save(session)
-    run.check([0, 2])
+    check(tmp_path, [0, 2])
 
 
 def test_dead_at_each_call_of_a_save_that_began_early(tmp_path: Path) -> None:

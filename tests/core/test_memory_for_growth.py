@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supervise_core import CheckpointDirectory, EverySeconds, KeepAll, Staging, Supervisor, saving
+from core.one_step_each import assert_one_step_each
+from supervise_core import EverySeconds, KeepAll, Staging, Supervisor, saving
 from supervise_core.memory import own_memory
 from supervise_core.snapshot import Snapshot
 from supervise_core.staging import Outline
@@ -85,14 +86,6 @@ def boundary_of(sv: Supervisor[Any]) -> None:
     assert not sv.should_stop()
 
 
-def check(logdir: Path, steps: list[int]) -> None:
-    assert CheckpointDirectory(logdir).steps() == steps
-    for step in steps:
-        saved = CheckpointDirectory(logdir).at(step)
-        saved.verify()
-        assert {float(value) for array in saved.load("model").values() for value in np.unique(array)} == {step}
-
-
 def test_what_is_foreseen_is_there_before_the_first_step(tmp_path: Path, memory: Memory) -> None:
     backend = Growing()
     with session_of(backend, tmp_path) as (sv, session):
@@ -104,7 +97,7 @@ def test_what_is_foreseen_is_there_before_the_first_step(tmp_path: Path, memory:
         eventually(lambda: sv.report.saves == 2)
     assert memory.asked_by == [WRITER], "once, and not by the loop"
     assert backend.asked == 1
-    check(tmp_path, [0, 1])
+    assert_one_step_each(tmp_path, [0, 1])
 
 
 def test_what_is_not_foreseen_is_there_after_the_first_step(tmp_path: Path, memory: Memory) -> None:
@@ -118,7 +111,7 @@ def test_what_is_not_foreseen_is_there_after_the_first_step(tmp_path: Path, memo
         boundary_of(sv)
         eventually(lambda: sv.report.saves == 2)
     assert memory.asked_by == [WRITER]
-    check(tmp_path, [0, 1])
+    assert_one_step_each(tmp_path, [0, 1])
 
 
 def test_what_would_take_most_of_the_memory_is_not_had_on_a_guess(
@@ -132,7 +125,7 @@ def test_what_would_take_most_of_the_memory_is_not_had_on_a_guess(
         assert memory.asked_by == []
         boundary_of(sv)
         eventually(lambda: memory.asked_by == [WRITER])
-    check(tmp_path, [0, 1])
+    assert_one_step_each(tmp_path, [0, 1])
 
 
 def test_a_wrong_guess_is_given_back(tmp_path: Path, memory: Memory) -> None:
@@ -148,7 +141,7 @@ def test_a_wrong_guess_is_given_back(tmp_path: Path, memory: Memory) -> None:
         eventually(lambda: memory.asked_by == [WRITER] * 2)
         backend.step(session)
     assert memory.asked_by == [WRITER] * 2
-    check(tmp_path, [0, 2])
+    assert_one_step_each(tmp_path, [0, 2])
 
 
 def test_a_save_that_is_due_by_time_waits_its_turn_and_the_loop_goes_on(tmp_path: Path, memory: Memory) -> None:
@@ -172,7 +165,7 @@ def test_a_save_that_is_due_by_time_waits_its_turn_and_the_loop_goes_on(tmp_path
             return sv.report.saves == 2
 
         eventually(is_saved)
-        check(tmp_path, [0, 4])
+        assert_one_step_each(tmp_path, [0, 4])
     assert memory.asked_by == [WRITER]
 
 
@@ -187,7 +180,7 @@ def test_the_last_save_waits_for_the_memory(tmp_path: Path, memory: Memory) -> N
         backend.step(session)
         threading.Timer(0.05, memory.there.set).start()
     assert sv.report.exit_status == 0
-    check(tmp_path, [0, 2])
+    assert_one_step_each(tmp_path, [0, 2])
 
 
 def test_where_there_is_no_memory_the_run_ends_and_says_so(tmp_path: Path, memory: Memory) -> None:
@@ -203,7 +196,7 @@ def test_where_there_is_no_memory_the_run_ends_and_says_so(tmp_path: Path, memor
 
     with pytest.raises(MemoryError, match="no memory today"):
         train()
-    check(tmp_path, [0])
+    assert_one_step_each(tmp_path, [0])
 
 
 def test_what_the_user_saves_instead_is_not_foreseen(tmp_path: Path, memory: Memory) -> None:
@@ -225,4 +218,4 @@ def test_where_nothing_is_copied_no_memory_is_had(tmp_path: Path, memory: Memory
         backend.step(session)
         boundary_of(sv)
     assert memory.asked_by == []
-    check(tmp_path, [0, 1])
+    assert_one_step_each(tmp_path, [0, 1])

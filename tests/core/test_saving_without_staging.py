@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.one_step_each import assert_one_step_each
 from supervise_core import CheckpointDirectory, DirectoryStore, EverySteps, KeepAll, Staging, Supervisor, memory
 from supervise_core.hashing import HASHED_APART
 from supervise_core.testing.clock import FakeClock
@@ -45,22 +46,13 @@ class RacingDisk(WatchedDisk):
             self.array += 1
 
 
-def check(logdir: Path, steps: list[int]) -> None:
-    checkpoints = CheckpointDirectory(logdir)
-    assert checkpoints.steps() == steps
-    for step in steps:
-        saved = checkpoints.at(step)
-        saved.verify()
-        assert {float(value) for array in saved.load("model").values() for value in np.unique(array)} == {step}
-
-
 def test_each_save_is_on_disk_before_the_loop_goes_on(tmp_path: Path) -> None:
     model = Model(tmp_path, save_every=EverySteps(2))
     with model.sv.managed_session() as session:
         while not model.sv.should_stop() and session.global_step < 7:
             assert model.sv.report.saves == 1 + session.global_step // 2
             model.step(session)
-    check(tmp_path, [0, 2, 4, 6, 7])
+    assert_one_step_each(tmp_path, [0, 2, 4, 6, 7])
     again = Model(tmp_path)
     with again.sv.managed_session() as session:
         assert session.global_step == 7
@@ -75,7 +67,7 @@ def test_the_last_step_is_that_at_which_the_loop_was_told_to_stop(tmp_path: Path
             if session.global_step == 3:
                 model.sv.request_stop()
         model.arrays["w"] += 100  # not training any more
-    check(tmp_path, [0, 3])
+    assert_one_step_each(tmp_path, [0, 3])
     assert model.sv.report.final_save == "step 3"
 
 
@@ -86,7 +78,7 @@ def test_the_end_of_a_pass_is_written_at_once(tmp_path: Path) -> None:
             for _ in model.sv.batches(range(4)):
                 model.step(session)
             assert model.sv.report.saves == 2
-    check(tmp_path, [0, 4])
+    assert_one_step_each(tmp_path, [0, 4])
 
 
 def test_a_final_save_that_fails_is_told_of(tmp_path: Path) -> None:
@@ -101,7 +93,7 @@ def test_a_final_save_that_fails_is_told_of(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="space"):
         run()
     assert model.sv.report.exit_status != 0
-    check(tmp_path, [0])
+    assert_one_step_each(tmp_path, [0])
 
 
 def test_at_the_end_of_a_pass_a_save_that_fails_is_tried_again_at_the_end(tmp_path: Path) -> None:
@@ -114,7 +106,7 @@ def test_at_the_end_of_a_pass_a_save_that_fails_is_tried_again_at_the_end(tmp_pa
                 if session.global_step == 4:
                     disk.fail(errno.ENOSPC, method="create")
         assert model.sv.report.failed_saves == 1
-    check(tmp_path, [0, 4])
+    assert_one_step_each(tmp_path, [0, 4])
 
 
 def test_what_another_thread_changes_meanwhile_is_hashed_as_it_was_written(
