@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.one_step_each import assert_one_step_each
 from supervise_core import (
     CheckpointDirectory,
     DirectoryStore,
@@ -29,6 +28,8 @@ from supervise_core.testing.clock import FakeClock, eventually
 from supervise_core.testing.disks import CachedDisk, Crash, CrashingDisk, DirectDisk, FaultyDisk, HastyDisk, WatchedDisk
 from supervise_core.testing.hosts import FakeMachine
 from supervise_numpy import ArrayBackend
+
+from .one_step_each import assert_one_step_each
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.one_step_each import assert_one_step_each
 from supervise_core import EverySeconds, KeepAll, Staging, Supervisor, saving
 from supervise_core.memory import own_memory
 from supervise_core.snapshot import Snapshot
 from supervise_core.staging import Outline
 from supervise_core.testing.clock import FakeClock, eventually
 from supervise_numpy import ArrayBackend
+
+from .one_step_each import assert_one_step_each
 
 WRITER = "supervise-core checkpoints"
 LARGE = 1 << 20

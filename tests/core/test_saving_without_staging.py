@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.one_step_each import assert_one_step_each
 from supervise_core import CheckpointDirectory, DirectoryStore, EverySteps, KeepAll, Staging, Supervisor, memory
 from supervise_core.hashing import HASHED_APART
 from supervise_core.testing.clock import FakeClock
 from supervise_core.testing.disks import FaultyDisk, WatchedDisk
 from supervise_numpy import ArrayBackend
+
+from .one_step_each import assert_one_step_each
 
 
 class Model:
