@@ -96,6 +96,12 @@ def test_what_cannot_be_known_is_not_guessed(kind: str) -> None:
     assert len(optimizer.state) == before
 
 
+def test_how_a_step_is_made_on_a_device_makes_no_other_state() -> None:
+    model = Model()
+    plain, capturable = torch.optim.AdamW(model.groups()), torch.optim.AdamW(model.groups(), capturable=True)
+    assert form_of(foreseen_state(capturable)) == form_of(foreseen_state(plain))
+
+
 def test_no_hook_is_called_and_no_value_changed() -> None:
     model = Model()
     optimizer = torch.optim.AdamW(model.groups(), lr=1.0)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import defaultdict
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from supervise_torch.dtensors import PLAIN_TYPES
 
 _log = logging.getLogger(__name__)
+
+_PLAINLY: Final = {"foreach": False, "fused": None, "capturable": False}
+"""The ways of a step that the meta device does not know; none of them makes another state."""
 
 _Kind = tuple[torch.Size, torch.dtype, tuple[int, ...]]
 
@@ -29,7 +32,7 @@ def foreseen_state(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         return None
     try:
         by_group = [_states_after_a_step(optimizer, group) for group in optimizer.param_groups]
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # whatever a step without values ends with: nothing depends on it
         _log.debug("the state that %s makes in its first step is not foreseen: %s", type(optimizer).__name__, error)
         return None
     state = optimizer.state_dict()
@@ -50,7 +53,7 @@ def _states_after_a_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]
             doubles[_kind_of(parameter)] = double
     stand_in: Any = object.__new__(type(optimizer))
     stand_in.__dict__.update(optimizer.__dict__)
-    stand_in.param_groups = [{**group, "params": list(doubles.values()), "foreach": False, "fused": None}]
+    stand_in.param_groups = [{**group, "params": list(doubles.values()), **_PLAINLY}]
     stand_in.state = defaultdict(dict)
     step: Any = inspect.unwrap(type(optimizer).step)  # without what calls the hooks
     with torch.no_grad():
