@@ -317,10 +317,13 @@ def _reusable(part: str, tree: Any, codecs: Mapping[str, TensorCodec[Any]]) -> M
             shared |= {owner, name}
         if upto > end:
             end, owner = upto, name
-    repeated = {name.partition("#")[0] for name in flat.tensors if "#" in name}
-    return {
-        name: tensor
+    numbered = {name for name in flat.tensors if "#" in name}
+    repeated = {name.partition("#")[0] for name in numbered}
+    fixed = {
+        name
         for name, tensor in flat.tensors.items()
-        if name not in shared and name not in repeated and "#" not in name
-        if tensor.address is not None or codecs[tensor.tag].is_writable(tensor.value)
+        if tensor.address is None and not codecs[tensor.tag].is_writable(tensor.value)
     }
+    for name in shared | numbered | repeated | fixed:
+        flat.tensors.pop(name, None)
+    return flat.tensors
