@@ -156,8 +156,7 @@ class Checkpointer:
         While another one is being written: ``wait`` for it, if this very step is wanted; or else take it at the first
         boundary after that.
         """
-        if self.is_busy and not wait:
-            self._wanted = True
+        if not wait and self._is_put_off():
             return
         with self._taking:
             began = self._clock.monotonic()
@@ -252,11 +251,21 @@ class Checkpointer:
             self._idle.clear()
         self._queue.put(job)
 
+    def _is_put_off(self) -> bool:
+        """Whether a save has to wait for its turn; then the writer, when it has nothing left to do, asks for it."""
+        with self._counting:
+            self._wanted = self._left_to_do > 0
+            return self._wanted
+
     def _one_is_done(self) -> None:
         with self._counting:
             self._left_to_do -= 1
-            if not self._left_to_do:
-                self._idle.set()
+            if self._left_to_do:
+                return
+            is_wanted, self._wanted = self._wanted, False
+            self._idle.set()
+        if is_wanted and self._appointment is not None:
+            self._appointment.request()
 
     def _await_live(self, pending: PendingSave) -> None:
         if pending.snapshot.is_live:
@@ -285,9 +294,6 @@ class Checkpointer:
             finally:
                 del job
                 self._one_is_done()
-                if self._wanted and not self.is_busy and self._appointment is not None:
-                    self._wanted = False
-                    self._appointment.request()
 
     def _write(self, handover: Handover) -> None:
         with Drafting(self._store, self._base) as drafting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from supervise_core import EverySeconds, KeepAll, Staging, Supervisor, saving
+from supervise_core.checkpointer import Checkpointer
 from supervise_core.memory import own_memory
 from supervise_core.snapshot import Snapshot
 from supervise_core.staging import Outline
@@ -168,6 +170,46 @@ def test_a_save_that_is_due_by_time_waits_its_turn_and_the_loop_goes_on(tmp_path
         eventually(is_saved)
         assert_one_step_each(tmp_path, [0, 4])
     assert memory.asked_by == [WRITER]
+
+
+def test_a_save_is_not_forgotten_if_the_writer_ends_just_as_it_is_put_off(
+    tmp_path: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_busy(checkpointer: Checkpointer) -> bool:
+        """What was true when the training thread asked, after all has changed."""
+        answer = not checkpointer._idle.is_set()
+        if answer and threading.current_thread() is threading.main_thread():
+            memory.there.set()
+            eventually(checkpointer._idle.is_set)
+            time.sleep(0.05)  # till the writer has seen that nobody waits for it
+        return answer
+
+    clock = FakeClock()
+    backend = Growing(foresees=False)
+    with session_of(backend, tmp_path, save_every=EverySeconds(10), clock=clock) as (sv, session):
+        eventually(lambda: sv.report.saves == 1)
+        memory.there.clear()
+        backend.step(session)
+        boundary_of(sv)
+        eventually(lambda: memory.asked_by == [WRITER])
+        saver = sv._lifecycle.open_run("look").saver
+        assert saver is not None
+        checkpointer = saver.checkpointer
+        monkeypatch.setattr(Checkpointer, "is_busy", property(is_busy))
+        clock.advance(10)
+
+        def is_put_off() -> bool:
+            boundary_of(sv)
+            return checkpointer._wanted
+
+        eventually(is_put_off)
+        memory.there.set()
+
+        def is_saved() -> bool:
+            boundary_of(sv)
+            return sv.report.saves == 2
+
+        eventually(is_saved)
 
 
 def test_the_last_save_waits_for_the_memory(tmp_path: Path, memory: Memory) -> None:
