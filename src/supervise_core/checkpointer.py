@@ -137,8 +137,7 @@ class Checkpointer:
 
     def prepare(self, make_memory: Callable[[], None]) -> None:
         """Have the writer make memory for snapshots to come. Saves wait for that as for one that is being written."""
-        if self._broken is None:
-            self._enqueue(make_memory)
+        self._enqueue(make_memory)
 
     def check(self, step: int) -> None:
         """Take a snapshot for nothing: what cannot be kept is found now, and the staging memory is there.
@@ -240,16 +239,18 @@ class Checkpointer:
         self._await_live(pending)
 
     def _hand_over(self, handover: Handover) -> None:
-        if self._broken is not None:
-            self._final_error = self._broken  # nobody is there to write it
-            return
-        self._enqueue(handover)
+        if not self._enqueue(handover):
+            self._final_error = self._broken
 
-    def _enqueue(self, job: Handover | Callable[[], None]) -> None:
+    def _enqueue(self, job: Handover | Callable[[], None]) -> bool:
+        """Whether somebody is there to do it."""
         with self._counting:
+            if self._broken is not None:
+                return False
             self._left_to_do += 1
             self._idle.clear()
-        self._queue.put(job)
+            self._queue.put(job)
+            return True
 
     def _is_put_off(self) -> bool:
         """Whether a save has to wait for its turn; then the writer, when it has nothing left to do, asks for it."""
@@ -288,12 +289,15 @@ class Checkpointer:
                 else:
                     job()
             except BaseException as error:
-                self._broken = error
+                with self._counting:
+                    self._broken = error
                 self._coordinator.request_stop(error, source="service 'checkpoints'")
+                with self._counting:  # only now, or the run could end before it knows why
+                    self._left_to_do = 0
+                    self._idle.set()
                 return
-            finally:
-                del job
-                self._one_is_done()
+            del job
+            self._one_is_done()
 
     def _write(self, handover: Handover) -> None:
         with Drafting(self._store, self._base) as drafting:

@@ -242,6 +242,26 @@ def test_where_there_is_no_memory_the_run_ends_and_says_so(tmp_path: Path, memor
     assert_one_step_each(tmp_path, [0])
 
 
+def test_a_writer_that_dies_is_not_waited_for_whatever_else_it_had_to_do(
+    tmp_path: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(checkpointer: Checkpointer, _: Any) -> None:
+        eventually(lambda: not checkpointer._queue.empty())
+        raise SystemError("the writer is no more")
+
+    monkeypatch.setattr(Checkpointer, "_write", die)
+    backend = Growing()
+
+    def train() -> None:
+        with session_of(backend, tmp_path) as (sv, session):
+            eventually(sv.should_stop)
+            backend.step(session)
+
+    with pytest.raises(SystemError, match="the writer is no more"):
+        train()
+    assert WRITER not in memory.asked_by
+
+
 def test_what_the_user_saves_instead_is_not_foreseen(tmp_path: Path, memory: Memory) -> None:
     def saver(session: Any, staging: Staging) -> Snapshot:
         staging.put("other", {"w": backend.arrays["w"]})
