@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from supervise_torch.dtensors import PLAIN_TYPES
+from supervise_torch.in_place import is_plain_optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ def foreseen_state(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     state already, the step is not PyTorch's own, or cannot be made without values.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if optimizer.state or not type(optimizer).step.__module__.startswith("torch.optim."):
+    if optimizer.state or not is_plain_optimizer(optimizer):
+        return None
+    if not type(optimizer).step.__module__.startswith("torch.optim."):
         return None  # trying a step of the program's own on something else could do anything
     if any(type(parameter) not in PLAIN_TYPES or torch.nn.parameter.is_lazy(parameter) for parameter in parameters):
         return None

@@ -29,7 +29,7 @@ def present(part: Any) -> Any:
         return shards_like({name: tensor for name, tensor in here.items() if name not in plain}) | plain
     if not isinstance(part, torch.optim.Optimizer):
         return shards_like(part.state_dict()) if are_dtensors_used() and is_stateful(part) else None
-    if not _is_plain_optimizer(part):
+    if not is_plain_optimizer(part):
         return None
     taken = {_storage_of(parameter) for parameter in parameters_of(part)}
     state = part.state_dict()["state"].items()
@@ -71,7 +71,8 @@ def _is_of_fsdp(hook: Any) -> bool:
     return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp._fully_shard.")
 
 
-def _is_plain_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+def is_plain_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its state is given and loaded as PyTorch's own optimizers do it."""
     kind, plain = type(optimizer), torch.optim.Optimizer
     return (
         kind.state_dict is plain.state_dict
@@ -119,7 +120,7 @@ def _is_module_there(module: torch.nn.Module, saved: Mapping[str, Any]) -> bool:
 
 
 def _is_optimizer_there(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
-    if not _is_plain_optimizer(optimizer) or optimizer._optimizer_load_state_dict_post_hooks:
+    if not is_plain_optimizer(optimizer) or optimizer._optimizer_load_state_dict_post_hooks:
         return False
     parameters = parameters_of(optimizer)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
