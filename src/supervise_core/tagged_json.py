@@ -31,7 +31,7 @@ _OPEN_TAGS: Final = frozenset({"$tensor", "$array"})  # further keys stand besid
 
 
 class Untold:
-    """What a leaf hook answers for a value that is not its own."""
+    """What a leaf hook answers for a value that is not its own. There is one of it."""
 
 
 UNTOLD: Final = Untold()
@@ -103,7 +103,7 @@ class _Encoder:
             return value
         if self._leaf is not None and kind not in _JSON:
             told = self._leaf(path, value)
-            return self._tagged(kind, value, path, depth) if isinstance(told, Untold) else told
+            return self._tagged(kind, value, path, depth) if told is UNTOLD else told
         if kind is int:
             return value if abs(value) < _LARGE_INTEGER else {"$int": hex(value)}
         if kind is float:
@@ -218,7 +218,7 @@ def _decode_tagged(tag: str, data: dict[str, Json], leaf: LeafDecoder | None) ->
 
 def _told(tag: str, leaf: LeafDecoder | None, content: Json) -> Any:
     told = UNTOLD if leaf is None else leaf(tag, content)
-    if isinstance(told, Untold):
+    if told is UNTOLD:
         raise ValueError(f"{tag} is not a tag that this version knows")
     return told
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from supervise_core.backend import Backend
 from supervise_core.data_source import BatchSource, is_stateful
+from supervise_core.memory import no_collection
 from supervise_core.parts import Part, Parts, Restoration, read_together
 from supervise_core.process_random import RandomState
 from supervise_core.readiness import NotReady, Readiness, Ready
@@ -186,6 +187,10 @@ class TorchBackend(Backend[TorchSession]):
                 outline.put(name, state, OutlineCodec())
 
     def load(self, session: TorchSession, parts: Parts) -> None:
+        with no_collection():
+            self._load(session, parts)
+
+    def _load(self, session: TorchSession, parts: Parts) -> None:
         check_parts([*self._parts, _OWN_PART], parts)
         own = parts[_OWN_PART].tree(self.codec)
         with torch.no_grad():
