@@ -89,6 +89,20 @@ def boundary_of(sv: Supervisor[Any]) -> None:
     assert not sv.should_stop()
 
 
+def is_saved_at_a_boundary(sv: Supervisor[Any]) -> bool:
+    boundary_of(sv)
+    return sv.report.saves == 2
+
+
+def keep_the_writer_waiting(memory: Memory, sv: Supervisor[Any], backend: Growing, session: Any) -> None:
+    """Make the first step, and leave the writer without the memory that it then asks for."""
+    eventually(lambda: sv.report.saves == 1)
+    memory.there.clear()
+    backend.step(session)
+    boundary_of(sv)
+    eventually(lambda: memory.asked_by == [WRITER])
+
+
 def test_what_is_foreseen_is_there_before_the_first_step(tmp_path: Path, memory: Memory) -> None:
     backend = Growing()
     with session_of(backend, tmp_path) as (sv, session):
@@ -151,23 +165,14 @@ def test_a_save_that_is_due_by_time_waits_its_turn_and_the_loop_goes_on(tmp_path
     clock = FakeClock()
     backend = Growing(foresees=False)
     with session_of(backend, tmp_path, save_every=EverySeconds(10), clock=clock) as (sv, session):
-        eventually(lambda: sv.report.saves == 1)
-        memory.there.clear()
-        backend.step(session)
-        boundary_of(sv)
-        eventually(lambda: memory.asked_by == [WRITER])
+        keep_the_writer_waiting(memory, sv, backend, session)
         clock.advance(10)
         for _ in range(3):
             backend.step(session)
             boundary_of(sv)
         assert sv.report.saves == 1
         memory.there.set()
-
-        def is_saved() -> bool:
-            boundary_of(sv)
-            return sv.report.saves == 2
-
-        eventually(is_saved)
+        eventually(lambda: is_saved_at_a_boundary(sv))
         assert_one_step_each(tmp_path, [0, 4])
     assert memory.asked_by == [WRITER]
 
@@ -187,11 +192,7 @@ def test_a_save_is_not_forgotten_if_the_writer_ends_just_as_it_is_put_off(
     clock = FakeClock()
     backend = Growing(foresees=False)
     with session_of(backend, tmp_path, save_every=EverySeconds(10), clock=clock) as (sv, session):
-        eventually(lambda: sv.report.saves == 1)
-        memory.there.clear()
-        backend.step(session)
-        boundary_of(sv)
-        eventually(lambda: memory.asked_by == [WRITER])
+        keep_the_writer_waiting(memory, sv, backend, session)
         saver = sv._lifecycle.open_run("look").saver
         assert saver is not None
         checkpointer = saver.checkpointer
@@ -204,22 +205,13 @@ def test_a_save_is_not_forgotten_if_the_writer_ends_just_as_it_is_put_off(
 
         eventually(is_put_off)
         memory.there.set()
-
-        def is_saved() -> bool:
-            boundary_of(sv)
-            return sv.report.saves == 2
-
-        eventually(is_saved)
+        eventually(lambda: is_saved_at_a_boundary(sv))
 
 
 def test_the_last_save_waits_for_the_memory(tmp_path: Path, memory: Memory) -> None:
     backend = Growing(foresees=False)
     with session_of(backend, tmp_path) as (sv, session):
-        eventually(lambda: sv.report.saves == 1)
-        memory.there.clear()
-        backend.step(session)
-        boundary_of(sv)
-        eventually(lambda: memory.asked_by == [WRITER])
+        keep_the_writer_waiting(memory, sv, backend, session)
         backend.step(session)
         threading.Timer(0.05, memory.there.set).start()
     assert sv.report.exit_status == 0
